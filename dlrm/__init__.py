@@ -1,0 +1,1 @@
+"""The mathematics of one rank: no ranks, no files."""

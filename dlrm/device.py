@@ -1,0 +1,175 @@
+"""Where arrays live and which implementation of an operation runs: the seam between the mathematics and a machine.
+
+The mathematics is written once against ``device.xp``. A fused operation asks ``device.kernel(__name__, "name")``
+and runs the reference below it when the answer is ``None``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = Any
+"""An array of ``device.xp``: ``numpy.ndarray`` on the host."""
+
+Kernel: TypeAlias = Callable[..., Any]
+
+ALIGNMENT = 64
+"""Bytes that arrays of the host start at a multiple of: a cache line, and the widest vector register."""
+
+
+class Event(Protocol):
+    """A point in a stream's order."""
+
+    def done(self) -> bool:
+        """Whether everything issued before it has ended."""
+        ...
+
+    def synchronize(self) -> None:
+        """Block the calling thread until ``done()``."""
+        ...
+
+
+class Device(Protocol):
+    """One machine part that computes: its arrays, its streams and its kernels."""
+
+    xp: ModuleType
+    threads: int
+
+    def kernel(self, module: str, name: str) -> Kernel | None:
+        """The fused form of operation ``name`` of ``module``, or ``None``: run the reference."""
+        ...
+
+    def empty(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
+        """An uninitialised array on the device."""
+        ...
+
+    def zeros(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
+        """An array of zeros on the device."""
+        ...
+
+    def pinned_empty(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
+        """An uninitialised host array that uploads read without another copy."""
+        ...
+
+    def upload(self, host: Array, out: Array) -> Array:
+        """Copy a host array into the device array ``out``, in the order of the current stream; returns it."""
+        ...
+
+    def download(self, array: Array, out: Array) -> Array:
+        """Copy a device array into the host array ``out``, in the order of the current stream; returns it."""
+        ...
+
+    def on(self, stream: str) -> AbstractContextManager[None]:
+        """Issue what is called inside the ``with`` block on ``stream``."""
+        ...
+
+    def record(self, stream: str) -> Event:
+        """An event after everything that has been issued on ``stream``."""
+        ...
+
+    def wait(self, event: Event) -> None:
+        """Let the current stream go on only after ``event``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HostEvent:
+    """An event of the host's queue: work is done when its call returns, so it has always happened."""
+
+    stream: str
+
+    def done(self) -> bool:
+        """Whether everything issued before it has ended: always."""
+        return True
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+
+class HostDevice:
+    """The CPU: NumPy arrays, BLAS products, compiled kernels, and one in-order queue that runs inline.
+
+    Every stream name means that queue.
+
+    Args:
+        threads: threads that the compiled kernels of the calling thread may use; ``None``: leave numba's setting.
+        compiled: ``False``: never hand out a kernel, so that the references run (tests).
+    """
+
+    xp: ModuleType = np
+
+    def __init__(self, threads: int | None = None, *, compiled: bool = True) -> None:
+        self.compiled = compiled
+        self.threads = threads or 1
+        self._kernels: dict[tuple[str, str], Kernel | None] = {}
+        if compiled and threads is not None:
+            import numba  # here: half a second that a reference run need not pay
+
+            # numba refuses more threads than it was started with.
+            started: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+            numba.set_num_threads(max(1, min(threads, started)))
+
+    def kernel(self, module: str, name: str) -> Kernel | None:
+        """The compiled function ``name`` of ``<module>_numba``, or ``None`` where there is none."""
+        if not self.compiled:
+            return None
+        key = (module, name)
+        if key not in self._kernels:
+            self._kernels[key] = self._find(module, name)
+        return self._kernels[key]
+
+    def _find(self, module: str, name: str) -> Kernel | None:
+        if importlib.util.find_spec(f"{module}_numba") is None:
+            return None
+        found: Kernel | None = getattr(importlib.import_module(f"{module}_numba"), name, None)
+        return found
+
+    def empty(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
+        """An uninitialised C-contiguous array that starts at a multiple of 64 bytes."""
+        shape = (shape,) if isinstance(shape, int) else shape
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        raw = np.empty(size + ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % ALIGNMENT
+        return raw[start : start + size].view(dtype).reshape(shape)
+
+    def zeros(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
+        """An array of zeros that starts at a multiple of 64 bytes."""
+        array = self.empty(shape, dtype)
+        array.fill(0)
+        return array
+
+    def pinned_empty(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
+        """The same as ``empty``: the host has nothing to pin for itself."""
+        return self.empty(shape, dtype)
+
+    def upload(self, host: Array, out: Array) -> Array:
+        """Copy ``host`` into ``out`` of the same shape, widening where ``out`` is wider; returns ``out``."""
+        np.copyto(out, host, casting="safe")
+        return out
+
+    def download(self, array: Array, out: Array) -> Array:
+        """Copy ``array`` into ``out`` of the same shape, widening where ``out`` is wider; returns ``out``."""
+        np.copyto(out, array, casting="safe")
+        return out
+
+    @contextmanager
+    def on(self, stream: str) -> Iterator[None]:  # noqa: ARG002 - all names mean the one queue
+        """Issue what is called inside the ``with`` block on the queue."""
+        yield
+
+    def record(self, stream: str) -> Event:
+        """An event after everything that has been issued."""
+        return HostEvent(stream)
+
+    def wait(self, event: Event) -> None:
+        """Go on after ``event``, which on an inline queue has happened."""
+        event.synchronize()

@@ -1,0 +1,119 @@
+"""Fully connected layers: products through BLAS, bias, ReLU and their gradients fused into one pass each.
+
+Shapes: B rows, I inputs, O outputs. An activation may be the first O columns of a wider array [B, >= O]: the
+bottom MLP's output is place 0 of the interaction's input, and stays there.
+"""
+
+from __future__ import annotations
+
+from dlrm.device import Array, Device
+
+ROWS_PER_CHUNK = 64
+"""Rows summed in one go; sums over rows add such chunks in order, whatever the threads."""
+
+
+def num_chunks(rows: int) -> int:
+    """Chunks of ``ROWS_PER_CHUNK`` that hold ``rows`` rows."""
+    return -(-rows // ROWS_PER_CHUNK)
+
+
+def linear_relu_forward(x: Array, weight: Array, bias: Array, out: Array, device: Device) -> None:
+    """``out[:, :O] = max(x W^T + bias, 0)``.
+
+    Args:
+        x: [B, I].
+        weight: [O, I].
+        bias: [O].
+        out: [B, >= O]; its first O columns are written.
+        device: runs it.
+    """
+    device.xp.matmul(x, weight.T, out=out[:, : len(weight)])
+    (device.kernel(__name__, "bias_relu") or bias_relu)(out, bias)
+
+
+def linear_backward(
+    grad: Array, x: Array, weight: Array, grad_weight: Array, grad_x: Array | None, device: Device
+) -> None:
+    """``grad_weight = grad^T x`` and, if asked for, ``grad_x = grad W``.
+
+    Args:
+        grad: [B, >= O], its first O columns: gradient of ``x W^T + bias``.
+        x: [B, I].
+        weight: [O, I].
+        grad_weight: [O, I], written.
+        grad_x: [B, I], written; ``None`` for the first layer, whose input has no gradient.
+        device: runs it.
+    """
+    grad = grad[:, : len(weight)]
+    device.xp.matmul(grad.T, x, out=grad_weight)
+    if grad_x is not None:
+        device.xp.matmul(grad, weight, out=grad_x)
+
+
+def relu_backward(grad: Array, activation: Array, grad_bias: Array, partials: Array, device: Device) -> None:
+    """Clear ``grad`` where the ReLU was off, and sum it over the rows.
+
+    Args:
+        grad: [B, >= O]: gradient of the ReLU's output, changed in place to that of its input.
+        activation: [B, >= O]: the ReLU's output.
+        grad_bias: [O], written: sum over the rows.
+        partials: scratch, at least [num_chunks(B) * O].
+        device: runs it.
+    """
+    (device.kernel(__name__, "mask_and_sum") or mask_and_sum)(grad, activation, grad_bias, partials)
+
+
+def logit_forward(x: Array, weight: Array, bias: Array, out: Array, device: Device) -> None:
+    """``out = x w + bias``: the layer with one output.
+
+    Args:
+        x: [B, I].
+        weight: [1, I].
+        bias: [1].
+        out: [B], written.
+        device: runs it.
+    """
+    device.xp.matmul(x, weight[0], out=out)
+    out += bias
+
+
+def logit_backward(
+    grad: Array, x: Array, weight: Array, grad_weight: Array, grad_bias: Array, grad_x: Array, device: Device
+) -> None:
+    """Gradients of ``logit_forward``.
+
+    Args:
+        grad: [B].
+        x: [B, I].
+        weight: [1, I].
+        grad_weight: [1, I], written.
+        grad_bias: [1], written.
+        grad_x: [B, I], written.
+        device: runs it.
+    """
+    device.xp.matmul(grad, x, out=grad_weight[0])
+    grad_bias[0] = grad.sum()
+    (device.kernel(__name__, "outer") or outer)(grad, weight[0], grad_x)
+
+
+def bias_relu(wide: Array, bias: Array) -> None:
+    """``wide[:, :O] = max(wide[:, :O] + bias, 0)``, a NaN stays NaN; wide [B, >= O], bias [O]."""
+    out = wide[:, : len(bias)]
+    out += bias
+    out[out <= 0] = 0
+
+
+def mask_and_sum(grad: Array, activation: Array, grad_bias: Array, partials: Array) -> None:
+    """``grad[activation <= 0] = 0`` in the first O columns, ``grad_bias = grad.sum(0)``."""
+    width, rows = len(grad_bias), len(grad)
+    live = grad[:, :width]
+    live[activation[:, :width] <= 0] = 0
+    sums = partials[: num_chunks(rows) * width].reshape(-1, width)
+    for chunk, begin in enumerate(range(0, rows, ROWS_PER_CHUNK)):
+        live[begin : begin + ROWS_PER_CHUNK].sum(0, out=sums[chunk])
+    sums.sum(0, out=grad_bias)
+
+
+def outer(a: Array, b: Array, out: Array) -> None:
+    """``out[i, j] = a[i] b[j]``; a [B], b [I], out [B, I]."""
+    out[...] = a[:, None] * b

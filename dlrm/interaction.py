@@ -1,0 +1,76 @@
+"""Dot interaction: the dots of all pairs of a row's vectors, behind the bottom output.
+
+Shapes: B rows, F vectors a row (the bottom output if there is one, then the tables), D embedding dim,
+P = F (F - 1) / 2 pairs (i, j), j < i, rows first: (1,0), (2,0), (2,1), (3,0), ...; ``first`` is 1 if place 0 is
+the bottom output, else 0.
+
+Source: Naumov et al., "Deep Learning Recommendation Model for Personalization and Recommendation Systems"
+(2019), section 2.1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dlrm.device import Array, Device
+
+
+def num_pairs(num_vectors: int) -> int:
+    """P, the pairs of F vectors."""
+    return num_vectors * (num_vectors - 1) // 2
+
+
+def interaction_width(num_vectors: int, dim: int, first: int) -> int:
+    """Columns of the interaction's output."""
+    return first * dim + num_pairs(num_vectors)
+
+
+def interaction_forward(vectors: Array, out: Array, *, first: int, device: Device) -> Array:
+    """``out = [vectors[:, 0] if first] + [vectors_i . vectors_j for j < i]``.
+
+    Args:
+        vectors: [B, F, D].
+        out: [B, first * D + P], written.
+        first: 1 if place 0 is the bottom output, else 0.
+        device: runs it.
+
+    Returns:
+        ``out``.
+    """
+    kernel = device.kernel(__name__, "interaction_forward")
+    if kernel is not None:
+        kernel(vectors, out, first)
+        return out
+    _, num_vectors, dim = vectors.shape
+    lower_i, lower_j = np.tril_indices(num_vectors, -1)
+    out[:, : first * dim] = vectors[:, 0] if first else 0
+    out[:, first * dim :] = np.matmul(vectors, vectors.transpose(0, 2, 1))[:, lower_i, lower_j]
+    return out
+
+
+def interaction_backward(vectors: Array, grad_out: Array, grad_vectors: Array, *, first: int, device: Device) -> Array:
+    """``grad_vectors_i = sum over j != i of grad_ij vectors_j``, and grad_out's first D columns on place 0.
+
+    Args:
+        vectors: [B, F, D].
+        grad_out: [B, first * D + P].
+        grad_vectors: [B, F, D], written.
+        first: 1 if place 0 is the bottom output, else 0.
+        device: runs it.
+
+    Returns:
+        ``grad_vectors``.
+    """
+    kernel = device.kernel(__name__, "interaction_backward")
+    if kernel is not None:
+        kernel(vectors, grad_out, grad_vectors, first)
+        return grad_vectors
+    rows, num_vectors, dim = vectors.shape
+    lower_i, lower_j = np.tril_indices(num_vectors, -1)
+    pairs = np.zeros((rows, num_vectors, num_vectors), vectors.dtype)
+    pairs[:, lower_i, lower_j] = grad_out[:, first * dim :]
+    pairs[:, lower_j, lower_i] = grad_out[:, first * dim :]
+    np.matmul(pairs, vectors, out=grad_vectors)
+    if first:
+        grad_vectors[:, 0] += grad_out[:, :dim]
+    return grad_vectors

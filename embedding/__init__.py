@@ -1,0 +1,1 @@
+"""Whatever crosses ranks: tables, their exchange and their update."""

@@ -1,0 +1,132 @@
+"""The byte formula fed with a batch's actual keys: what every rank hands to ``Comm`` for every other.
+
+Shapes: W ranks, T tables, K keys of a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedding.cost import HEADER_BYTES, LENGTH_BYTES, ROW_HEADER_BYTES, ROWS, group_of
+from embedding.jagged import Jagged
+from embedding.placement import Placement, Plan, TableSpec
+
+Bytes = NDArray[np.int64]
+_WEIGHT_BYTES = 4
+
+
+def batch_bytes(
+    plan: Plan, batches: Sequence[Jagged], *, itemsize: int, exchange_itemsize: int | None = None
+) -> dict[str, Bytes]:
+    """Bytes of one step of a flat exchange.
+
+    Args:
+        plan: where rows lie.
+        batches: [W] every rank's keys.
+        itemsize: bytes of a number of a table.
+        exchange_itemsize: bytes of a number of a vector between ranks; ``None``: ``itemsize``.
+
+    Returns:
+        By exchange (``input_dist``, ``output_dist``, ``grad_dist``): [W, W] from rank to rank, the diagonal 0; and
+        ``all_reduce`` [W]: what each rank sends around the rings.
+    """
+    ranks = plan.ranks
+    width = exchange_itemsize or itemsize
+    sent = {name: np.zeros((ranks, ranks), np.int64) for name in ("input_dist", "output_dist")}
+    reduced = 0
+    if ranks > 1:
+        jagged = any(batch.offsets is not None for batch in batches)
+        weighted = any(batch.weights is not None for batch in batches)
+        groups = {group_of(placement) for placement in plan.placements if placement.kind != "replicated"}
+        sent["input_dist"] += sum(ROW_HEADER_BYTES if group == ROWS else HEADER_BYTES for group in groups)
+        id_bytes = 4 if sum(spec.rows for spec, _ in _row_tables(plan)) < 2**31 else 8
+        for table, placement in enumerate(plan.placements):
+            if placement.pooled:
+                _add_pooled(sent, plan, table, batches, width, jagged=jagged, weighted=weighted)
+            else:
+                _add_rows(sent, plan, table, batches, width, id_bytes)
+        marks, gradients = _reduced(plan, batches, itemsize)
+        reduced = ring_bytes(marks, ranks) + ring_bytes(gradients, ranks)
+    for matrix in sent.values():
+        np.fill_diagonal(matrix, 0)
+    return {**sent, "grad_dist": sent["output_dist"].T.copy(), "all_reduce": np.full(ranks, reduced)}
+
+
+def ring_bytes(size: int, ranks: int) -> int:
+    """Bytes that a rank sends in a ring's all-reduce of ``size`` bytes: 2 (W - 1) / W of them."""
+    return round(2 * (ranks - 1) / ranks * size)
+
+
+def _add_pooled(
+    sent: dict[str, Bytes],
+    plan: Plan,
+    table: int,
+    batches: Sequence[Jagged],
+    width: int,
+    *,
+    jagged: bool,
+    weighted: bool,
+) -> None:
+    spec, placement = plan.specs[table], plan.placements[table]
+    owners = placement.owners or (placement.owner,)
+    for rank, batch in enumerate(batches):
+        keys = len(keys_of(batch, table)) * (batch.keys.itemsize + _WEIGHT_BYTES * weighted)
+        keys += LENGTH_BYTES * batch.num_rows * jagged
+        for owner in owners:
+            sent["input_dist"][rank, owner] += keys
+            sent["output_dist"][owner, rank] += batch.num_rows * (spec.dim // len(owners)) * width
+
+
+def _add_rows(
+    sent: dict[str, Bytes], plan: Plan, table: int, batches: Sequence[Jagged], width: int, id_bytes: int
+) -> None:
+    for rank, batch in enumerate(batches):
+        rows = asked_rows(keys_of(batch, table), plan.placements[table], plan.ranks)
+        sent["input_dist"][rank] += rows * id_bytes
+        sent["output_dist"][:, rank] += rows * plan.specs[table].dim * width
+
+
+def _reduced(plan: Plan, batches: Sequence[Jagged], itemsize: int) -> tuple[int, int]:
+    """Bytes of the two all-reduces of replicated rows: marks of all, gradients of those that any rank touched."""
+    marks = gradients = 0
+    for table, (spec, placement) in enumerate(zip(plan.specs, plan.placements, strict=True)):
+        if placement.threshold:
+            touched = np.unique(np.concatenate([keys_of(batch, table) for batch in batches]))
+            marks += placement.threshold
+            gradients += int(np.searchsorted(touched, placement.threshold)) * spec.dim * itemsize
+    return marks, gradients
+
+
+def _row_tables(plan: Plan) -> list[tuple[TableSpec, Placement]]:
+    pairs = zip(plan.specs, plan.placements, strict=True)
+    return [(spec, placement) for spec, placement in pairs if not placement.pooled]
+
+
+def keys_of(batch: Jagged, table: int) -> NDArray[np.int64]:
+    """The keys of one table."""
+    begin, end = table * batch.num_rows, (table + 1) * batch.num_rows
+    if batch.offsets is not None:
+        begin, end = int(batch.offsets[begin]), int(batch.offsets[end])
+    keys: NDArray[np.int64] = batch.keys[begin:end]
+    return keys
+
+
+def asked_rows(keys: NDArray[np.int64], placement: Placement, ranks: int) -> NDArray[np.int64]:
+    """[W] rows that one rank asks of each owner for its keys of a table."""
+    rows = keys[keys >= placement.threshold].astype(np.int64) - placement.threshold
+    if placement.deduplicate:
+        rows = np.unique(rows)
+    if placement.kind == "table_wise":
+        counts = np.zeros(ranks, np.int64)
+        counts[placement.owner] = len(rows)
+        return counts
+    return np.bincount(rows % ranks, minlength=ranks)
+
+
+def split_links(matrix: Bytes, node_of: Sequence[int]) -> tuple[int, int]:
+    """Sums of a [W, W] matrix inside nodes and between them."""
+    same = np.equal.outer(np.asarray(node_of), np.asarray(node_of))
+    return int(matrix[same].sum()), int(matrix[~same].sum())

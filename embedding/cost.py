@@ -1,0 +1,400 @@
+"""What a placement costs in a step: bytes over each link, and seconds. ``docs/plan.md`` derives the formulas.
+
+An *asker* is a rank that needs rows for its share of the batch; an *owner* is the rank that holds them. All askers
+are alike, so the traffic of a table is known from one of them.
+
+Shapes: W ranks, N nodes, L = W / N ranks of a node, B = G / W rows of a rank, G rows of the global batch, D columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedding.frequency import Frequency
+from embedding.links import Link, LinkRates
+from embedding.placement import AllToAll, Placement, TableSpec, node_of_ranks
+
+Floats = NDArray[np.float64]
+
+LENGTH_BYTES = 4
+"""Of the length of one bag, where bags have different lengths."""
+HEADER_BYTES = 40
+"""Of what a rank tells every other about its batch before it sends keys of pooled tables."""
+ROW_HEADER_BYTES = 24
+"""The same before it asks for rows."""
+_REDUCES = 2
+"""All-reduces of replicated rows: which were touched, then their gradients."""
+ROWS = 0
+"""The group of tables whose rows travel; pooled ones go in groups by their number of column parts."""
+_PASSES = 3
+"""Times that a row's bytes move where it is looked up and updated: read, gradient read, written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A step's size, the same for all tables.
+
+    Attributes:
+        ranks: W.
+        nodes: N.
+        batch_size: G.
+        itemsize: bytes of a number of a table.
+        exchange_itemsize: bytes of a number of a vector between ranks.
+        key_itemsize: bytes of a key of pooled tables.
+        id_itemsize: bytes of a row's number where rows are asked for.
+        jagged: bags have different lengths.
+        weighted: keys have weights.
+    """
+
+    ranks: int
+    nodes: int = 1
+    batch_size: int
+    itemsize: int = 4
+    exchange_itemsize: int = 4
+    key_itemsize: int = 4
+    id_itemsize: int = 4
+    jagged: bool = False
+    weighted: bool = False
+
+    @property
+    def share(self) -> float:
+        """B."""
+        return self.batch_size / self.ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableCost:
+    """One table under one placement, in expectation.
+
+    Attributes:
+        keys: bytes of keys from one asker to all owners, itself included.
+        vectors: bytes of vectors from all owners to one asker; flat, gradients are as many.
+        node_gradients: bytes of gradients from one node to all owners, once they are summed inside the node.
+        reduce: bytes of the buffers that every rank hands to all-reduces.
+        frequent_share: part of the look-ups that are of replicated rows.
+        asker_s: a rank's work as asker.
+        owner_s: work of all owners together.
+    """
+
+    keys: float = 0.0
+    vectors: float = 0.0
+    node_gradients: float = 0.0
+    reduce: float = 0.0
+    frequent_share: float = 0.0
+    asker_s: float = 0.0
+    owner_s: float = 0.0
+
+
+class TableDemand:
+    """What one table is asked for in a step, from which every placement's cost follows.
+
+    Attributes:
+        spec: the table.
+        frequency: of its rows.
+        hotness: mean keys of a bag.
+    """
+
+    def __init__(
+        self, spec: TableSpec, frequency: Frequency, hotness: float, workload: Workload, links: LinkRates
+    ) -> None:
+        """Work out cumulative look-ups and distinct rows."""
+        self.spec, self.frequency, self.hotness = spec, frequency, hotness
+        self._work, self._rates = workload, links.work
+        self._draws = workload.share * hotness
+        self._share = frequency.shares()
+        self._distinct = frequency.distinct(self._draws)
+        per_node = workload.batch_size / workload.nodes * hotness
+        self._node = frequency.distinct(per_node) if workload.nodes > 1 else self._distinct
+        self._union = frequency.distinct(workload.batch_size * hotness)
+
+    def cost(self, placement: Placement) -> TableCost:
+        """Expected cost of a step with this placement; that of its owners does not depend on who they are."""
+        if self._work.ranks == 1:
+            return TableCost(asker_s=self._seconds(_PASSES * self._draws), frequent_share=0.0)
+        return self._pooled(placement) if placement.pooled else self._rows(placement)
+
+    def _pooled(self, placement: Placement) -> TableCost:
+        work, rows = self._work, self._work.share
+        parts = len(placement.owners) or 1
+        keys = self._draws * (work.key_itemsize + 4 * work.weighted) + LENGTH_BYTES * rows * work.jagged
+        return TableCost(
+            keys=parts * keys,
+            vectors=rows * self.spec.dim * work.exchange_itemsize,
+            node_gradients=rows * work.ranks / work.nodes * self.spec.dim * work.exchange_itemsize,
+            asker_s=self._seconds(2 * rows),
+            owner_s=self._seconds(_PASSES * work.ranks * self._draws),
+        )
+
+    def _rows(self, placement: Placement) -> TableCost:
+        work, threshold = self._work, placement.threshold
+        frequent = self.frequency.at(self._share, threshold)
+        local = self._draws * frequent
+        asked = self._draws - local
+        sent = asked
+        asker = self._seconds(_PASSES * local + 2 * asked)
+        if placement.deduplicate:
+            sent = self._beyond(self._distinct, threshold)
+            asker += asked * self._rates.deduplicate_s
+        reduce = 0.0
+        if threshold:
+            union = self.frequency.at(self._union, threshold)
+            reduce, moved = reduce_bytes(threshold, union, self.spec.dim, work.itemsize)
+            asker += self._seconds(_PASSES * moved)
+        return TableCost(
+            keys=sent * work.id_itemsize,
+            vectors=sent * self.spec.dim * work.exchange_itemsize,
+            node_gradients=self._beyond(self._node, threshold) * self.spec.dim * work.exchange_itemsize,
+            reduce=reduce,
+            frequent_share=frequent,
+            asker_s=asker,
+            owner_s=self._seconds(_PASSES * work.ranks * sent),
+        )
+
+    def _beyond(self, cumulative: Floats, threshold: int) -> float:
+        return float(cumulative[-1]) - self.frequency.at(cumulative, threshold)
+
+    def _seconds(self, rows: float) -> float:
+        return rows * self.spec.dim * self._work.itemsize / self._rates.rows_bytes_per_s
+
+
+def reduce_bytes(threshold: int, union: float, dim: int, itemsize: int) -> tuple[float, float]:
+    """Bytes that a rank hands to the all-reduces of one table's replicated rows, and the rows whose gradients move.
+
+    Every rank tells which rows it touched (a byte a row); then the gradients of all replicated rows are summed, or
+    only those of the rows that any rank touched where that is fewer bytes: always, as nothing else is sent for them.
+
+    Args:
+        threshold: replicated rows.
+        union: those that any rank touched.
+        dim: D.
+        itemsize: bytes of a number.
+    """
+    moved = min(float(threshold), union)
+    return threshold + moved * dim * itemsize, moved
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCost:
+    """A whole plan's step.
+
+    Attributes:
+        inside: bytes between ranks of one node, all ranks together: keys, vectors, gradients, all_reduce.
+        across: the same between nodes.
+        messages_across: point-to-point messages between nodes.
+        seconds: by part: keys, vectors, gradients, all_reduce, work.
+    """
+
+    inside: dict[str, float]
+    across: dict[str, float]
+    messages_across: int
+    seconds: dict[str, float]
+
+    @property
+    def total_s(self) -> float:
+        """Of exchange, look-up and update."""
+        return sum(self.seconds.values())
+
+
+def group_of(placement: Placement) -> int:
+    """Tables of one group share their messages: ``ROWS``, or the column parts of a pooled table."""
+    return (len(placement.owners) or 1) if placement.pooled else ROWS
+
+
+class GroupLoad:
+    """What the tables of one group send together.
+
+    Attributes:
+        keys: [W] bytes from one asker to each owner.
+        vectors: [W] bytes from each owner to one asker.
+        node: [W] bytes of gradients from one node to each owner, where they are summed inside it.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        """Start empty."""
+        self.keys, self.vectors, self.node = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
+
+    def add(self, share: Floats, cost: TableCost) -> None:
+        """Add a table that is owned in these parts [W]."""
+        self.keys += share * cost.keys
+        self.vectors += share * cost.vectors
+        self.node += share * cost.node_gradients
+
+
+def step_cost(
+    placements: Sequence[Placement],
+    costs: Sequence[TableCost],
+    workload: Workload,
+    links: LinkRates,
+    all_to_all: AllToAll,
+) -> StepCost:
+    """Put the tables of a plan together: tables of one exchange share its messages, its slowest rank decides.
+
+    Args:
+        placements: of each table, owners decided.
+        costs: of each table under it.
+        workload: of the step.
+        links: rates.
+        all_to_all: of rows; pooled vectors travel flat.
+    """
+    ranks = workload.ranks
+    shape = Shape(ranks, workload.nodes)
+    groups: dict[int, GroupLoad] = {}
+    owner_s, asker_s, reduce = np.zeros(ranks), 0.0, 0.0
+    for placement, cost in zip(placements, costs, strict=True):
+        share = owner_shares(placement, ranks)
+        if placement.kind != "replicated":
+            groups.setdefault(group_of(placement), GroupLoad(ranks)).add(share, cost)
+        owner_s += share * cost.owner_s
+        asker_s += cost.asker_s
+        reduce += cost.reduce
+    seconds = dict.fromkeys(("keys", "vectors", "gradients", "all_reduce"), 0.0)
+    inside, across = dict(seconds), dict(seconds)
+    messages = 0
+    if ranks > 1:
+        for group, load in groups.items():
+            mode = all_to_all if group == ROWS else "flat"  # pooled vectors travel flat
+            # Gradients that were rounded on the way cannot be summed there.
+            exact = workload.exchange_itemsize == workload.itemsize
+            summed = load.node if mode == "hierarchical" and shape.nodes > 1 and exact else None
+            header = ROW_HEADER_BYTES if group == ROWS else HEADER_BYTES
+            phases = (
+                ("keys", load.keys + header, 2 + (group != ROWS) * (workload.jagged + workload.weighted), None),
+                ("vectors", load.vectors, 1, None),
+                ("gradients", load.vectors, 1, summed),
+            )
+            for phase, size, count, crossing in phases:
+                seconds[phase] += shape.seconds(size, links, mode, count=count, summed=crossing)
+                inside[phase] += shape.inside_bytes(size) + shape.lane_bytes(size, mode)
+                across[phase] += (
+                    shape.across_bytes(size) if crossing is None else float(crossing.sum()) * (shape.nodes - 1)
+                )
+                messages += count * shape.messages(mode)
+        if reduce:
+            seconds["all_reduce"] = shape.reduce_seconds(reduce, links, count=_REDUCES)
+            inside["all_reduce"], across["all_reduce"] = shape.reduce_bytes(reduce)
+    seconds["work"] = asker_s + float(owner_s.max())
+    return StepCost(inside=inside, across=across, messages_across=messages, seconds=seconds)
+
+
+def balanced_seconds(cost: TableCost, workload: Workload, links: LinkRates) -> float:
+    """What one table adds to a step whose owners are evenly loaded: bytes and work, no start-up of messages."""
+    if workload.ranks == 1:
+        return cost.asker_s + cost.owner_s
+    shape = Shape(workload.ranks, workload.nodes)
+    started = replace(
+        links,
+        **{name: replace(getattr(links, name), latency_s=0.0) for name in ("inside", "across", "inside_reduce",
+                                                                           "across_reduce")},
+    )  # fmt: skip
+    load = np.full(workload.ranks, (cost.keys + 2 * cost.vectors) / workload.ranks)
+    exchange = shape.seconds(load, started, "flat") + shape.reduce_seconds(cost.reduce, started)
+    return exchange + cost.asker_s + cost.owner_s / workload.ranks
+
+
+def owner_shares(placement: Placement, ranks: int) -> Floats:
+    """[W] part of a table's traffic that each rank answers as owner."""
+    if placement.kind == "table_wise":
+        share = np.zeros(ranks)
+        share[placement.owner] = 1.0
+        return share
+    if placement.kind == "column_wise":
+        return np.bincount(placement.owners, minlength=ranks) / len(placement.owners)
+    return np.full(ranks, 1.0 / ranks)
+
+
+class Shape:
+    """Ranks on nodes, and what an exchange among them takes.
+
+    Loads are [W]: bytes between each owner and every one asker.
+    """
+
+    def __init__(self, ranks: int, nodes: int) -> None:
+        """Place contiguous ranks on nodes."""
+        self.ranks, self.nodes = ranks, nodes
+        self.node_of = np.array(node_of_ranks(ranks, nodes))
+        self.size_of = np.bincount(self.node_of, minlength=nodes)
+        self._mates = self.size_of[self.node_of] - 1
+        self._local = int(self.size_of.max())
+
+    def inside_bytes(self, load: Floats) -> float:
+        """Bytes between ranks of the same node."""
+        return float(load @ self._mates)
+
+    def across_bytes(self, load: Floats) -> float:
+        """Bytes between ranks of different nodes."""
+        return float(load @ (self.ranks - 1 - self._mates))
+
+    def lane_bytes(self, load: Floats, all_to_all: AllToAll) -> float:
+        """Bytes that go through a lane on their way to another node, and so cross the inside once more."""
+        lanes = int(self.size_of.min())
+        return self.across_bytes(load) * (lanes - 1) / lanes if all_to_all == "hierarchical" else 0.0
+
+    def messages(self, all_to_all: AllToAll) -> int:
+        """Messages between nodes in one exchange."""
+        if all_to_all == "hierarchical":
+            return int(self.size_of.min()) * self.nodes * (self.nodes - 1)
+        return int(self.ranks**2 - (self.size_of**2).sum())
+
+    def seconds(
+        self, load: Floats, links: LinkRates, all_to_all: AllToAll, *, count: int = 1, summed: Floats | None = None
+    ) -> float:
+        """Time of an exchange: start-up of its messages, then the slowest rank's bytes over the slower link.
+
+        Args:
+            load: bytes between each owner and each asker.
+            links: rates.
+            all_to_all: in one step or in two.
+            count: all-to-alls that carry them, one after the other.
+            summed: [W] bytes between each owner and every other node, where rows are summed before they cross.
+        """
+        # An owner sends (or receives) for all others; an asker receives (or sends) from all others.
+        per_node = np.bincount(self.node_of, load, self.nodes)[self.node_of]
+        inside = np.maximum(load * self._mates, per_node - load)
+        across = np.maximum(load * (self.ranks - 1 - self._mates), load.sum() - per_node)
+        if links.across_shared:
+            across = (np.bincount(self.node_of, across, self.nodes) / self.size_of)[self.node_of]
+        mates, others = self._local - 1, self.ranks - self._local
+        if self.nodes == 1:
+            return count * mates * links.inside.latency_s + float(inside.max()) / links.inside.bytes_per_s
+        crossing = across
+        if summed is not None:
+            crossing = np.maximum(summed, summed.mean()) * (self.nodes - 1)
+        across_s = crossing / links.across.bytes_per_s
+        if all_to_all == "hierarchical":
+            # Of what crosses, all but this lane's own part first goes to a lane inside the node.
+            lanes = max(1, int(self.size_of.min()))
+            inside_s = (inside + across * (lanes - 1) / lanes) / links.inside.bytes_per_s
+            start = mates * links.inside.latency_s + (self.nodes - 1) * links.across.latency_s
+            return count * start + float((inside_s + across_s).max())
+        start = mates * links.inside.latency_s + others * links.across.latency_s
+        return count * start + float(np.maximum(inside / links.inside.bytes_per_s, across_s).max())
+
+    def reduce_bytes(self, size: float) -> tuple[float, float]:
+        """Bytes inside and between nodes of a ring's all-reduce: 2 (W - 1) / W of the buffer over each of W hops."""
+        hop = 2 * (self.ranks - 1) / self.ranks * size
+        crossing = self.nodes if self.nodes > 1 else 0
+        return hop * (self.ranks - crossing), hop * crossing
+
+    def reduce_seconds(self, size: float, links: LinkRates, *, count: int = 1) -> float:
+        """Time of all-reduces: inside the nodes, and between them each rank its part of the buffer.
+
+        Args:
+            size: bytes of all buffers.
+            links: rates.
+            count: all-reduces, one after the other.
+        """
+        local, nodes = self._local, self.nodes
+        inside = _reduce_seconds(size, local, links.inside_reduce, count)
+        return inside + _reduce_seconds(size / local, nodes, links.across_reduce, count)
+
+
+def _reduce_seconds(size: float, ranks: int, link: Link, count: int) -> float:
+    if ranks == 1:
+        return 0.0
+    start = 2 * count * math.ceil(math.log2(ranks)) * link.latency_s
+    return start + 2 * (ranks - 1) / ranks * size / link.bytes_per_s

@@ -1,0 +1,349 @@
+"""Which rank holds which rows of which table: the choice of a plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from dlrm.config import OptimizerConfig
+from dlrm.errors import ConfigError
+from embedding.comm import Comm, broadcast_bytes
+from embedding.cost import StepCost, TableDemand, Workload, step_cost
+from embedding.frequency import Frequency, candidate_thresholds, hugectr_threshold
+from embedding.links import DEFAULT, LinkRates
+from embedding.placement import (
+    AllToAll,
+    Kind,
+    Placement,
+    Plan,
+    Pooling,
+    Prediction,
+    TableSpec,
+    node_of_ranks,
+    owned_rows,
+    plan_from_values,
+)
+from embedding.plan_search import STARTS, Candidate, Search, spread
+from embedding.sparse_optim import bytes_per_row
+
+__all__ = [
+    "Forced",
+    "Kind",
+    "Placement",
+    "Plan",
+    "Pooling",
+    "Prediction",
+    "TableSpec",
+    "check_memory",
+    "hugectr_threshold",
+    "make_plan",
+    "node_of_ranks",
+    "owned_rows",
+    "plan_from_values",
+    "plan_on_first_rank",
+    "plan_table_wise",
+]
+
+
+def plan_table_wise(
+    specs: Sequence[TableSpec],
+    ranks: int,
+    *,
+    bytes_per_row: Sequence[int] | None = None,
+    memory_limit_bytes: int | None = None,
+) -> Plan:
+    """Give every table to one rank, so that look-up cost and memory both spread evenly (``spread``).
+
+    Args:
+        specs: the tables in manifest order.
+        ranks: W.
+        bytes_per_row: memory of a row of each table with its optimiser state; ``None``: 4 bytes a number.
+        memory_limit_bytes: what one rank may hold.
+
+    Raises:
+        ConfigError: there are no ranks, or a rank would hold more than the limit.
+    """
+    if ranks < 1:
+        raise ConfigError(f"ranks: {ranks}; at least 1 is needed")
+    row_bytes = [4 * spec.dim for spec in specs] if bytes_per_row is None else list(bytes_per_row)
+    sizes = [spec.rows * width for spec, width in zip(specs, row_bytes, strict=True)]
+    owners = spread([spec.lookup_cost for spec in specs], sizes, ranks)
+    plan = Plan(
+        specs=tuple(specs),
+        placements=tuple(Placement(kind="table_wise", owner=owner) for owner in owners),
+        ranks=ranks,
+        table_bytes=tuple(sizes),
+    )
+    if memory_limit_bytes is not None:
+        check_memory(plan, memory_limit_bytes)
+    return plan
+
+
+def check_memory(plan: Plan, limit: int) -> None:
+    """Check what every rank of a plan would hold.
+
+    Raises:
+        ConfigError: a rank would hold more than ``limit`` bytes; names its largest table, the need and the remedy.
+    """
+    for rank, held in enumerate(plan.memory().tolist()):
+        if held > limit:
+            parts = [plan.held_bytes(table, rank) for table in range(len(plan.specs))]
+            largest = max(range(len(parts)), key=parts.__getitem__)
+            raise ConfigError(
+                f"rank {rank}: {held / 1e9:.3g} GB of tables (the largest is '{plan.specs[largest].name}' with "
+                f"{parts[largest] / 1e9:.3g} GB) exceed {limit / 1e9:.3g} GB; use more ranks, a smaller "
+                f"embedding_dim, an optimiser with less state{_remedy(plan, largest)}, or raise "
+                "embedding.memory_limit_mib"
+            )
+
+
+def _remedy(plan: Plan, table: int) -> str:
+    placement = plan.placements[table]
+    if placement.kind == "row_wise" or plan.ranks == 1:
+        return ""
+    lower = ", a lower threshold" if placement.kind == "hybrid" else ""
+    return f"{lower}, placement row_wise for '{plan.specs[table].name}'"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forced:
+    """What the config says of one table.
+
+    Attributes:
+        kind: ``None``: the plan chooses.
+        threshold: of ``hybrid``; ``None``: the plan chooses. 0 means ``row_wise``, all rows ``replicated``.
+        deduplicate: ``None``: the plan chooses.
+    """
+
+    kind: Kind | None = None
+    threshold: int | None = None
+    deduplicate: bool | None = None
+
+
+def make_plan(
+    specs: Sequence[TableSpec],
+    ranks: int,
+    nodes: int = 1,
+    *,
+    batch_size: int,
+    optimizer: OptimizerConfig,
+    placements: Mapping[str, Forced | Kind] | None = None,
+    frequencies: Mapping[str, Frequency | np.ndarray[Any, Any]] | None = None,
+    hotness: Mapping[str, float] | None = None,
+    itemsize: int = 4,
+    exchange_itemsize: int | None = None,
+    key_itemsize: int = 4,
+    jagged: bool = False,
+    weighted: bool = False,
+    links: LinkRates = DEFAULT,
+    memory_limit_bytes: int | None = None,
+    deduplicate: Literal["auto"] | bool = "auto",
+    all_to_all: Literal["auto"] | AllToAll = "auto",
+) -> Plan:
+    """Place every table where a step is predicted to be fastest and every rank can hold its part.
+
+    The result depends on nothing but the arguments; ``plan_on_first_rank`` makes it one and the same on all ranks.
+
+    Args:
+        specs: the tables in manifest order.
+        ranks: W.
+        nodes: contiguous ranks share one of so many.
+        batch_size: G.
+        optimizer: of the tables; decides their state's memory.
+        placements: what is forced, by table; other tables are placed freely.
+        frequencies: of rows, by table: counts by row number, or binned. A table without any counts as looked up
+            evenly.
+        hotness: mean keys of a bag, by table; left out: ``spec.hotness``.
+        itemsize: bytes of a number of a table.
+        exchange_itemsize: bytes of a number of a vector between ranks; ``None``: ``itemsize``.
+        key_itemsize: bytes of a key.
+        jagged: bags have different lengths.
+        weighted: keys have weights.
+        links: rates.
+        memory_limit_bytes: what a rank may hold of tables, state and gradients of replicated rows.
+        deduplicate: of tables whose ``placements`` say nothing about it.
+        all_to_all: ``auto``: whichever is predicted to be faster.
+
+    Raises:
+        ConfigError: a forced placement cannot be, or no plan fits the memory.
+    """
+    if ranks < 1 or not 1 <= nodes <= ranks or batch_size < 1:
+        raise ConfigError(
+            f"plan: {ranks} ranks on {nodes} nodes, batch {batch_size}; each is at least 1, nodes <= ranks"
+        )
+    forced = {
+        name: rule if isinstance(rule, Forced) else Forced(kind=rule) for name, rule in (placements or {}).items()
+    }
+    if unknown := sorted(set(forced) - {spec.name for spec in specs}):
+        raise ConfigError(f"placement of table '{unknown[0]}': there is no such table; name one of the data set's")
+    workload = Workload(
+        ranks=ranks,
+        nodes=nodes,
+        batch_size=batch_size,
+        itemsize=itemsize,
+        exchange_itemsize=exchange_itemsize or itemsize,
+        key_itemsize=key_itemsize,
+        id_itemsize=4 if sum(spec.rows for spec in specs) < 2**31 else 8,
+        jagged=jagged,
+        weighted=weighted,
+    )
+    demands = [
+        TableDemand(spec, _frequency(spec, frequencies), (hotness or {}).get(spec.name, spec.hotness), workload, links)
+        for spec in specs
+    ]
+    everywhere = None if deduplicate == "auto" else deduplicate
+    options = [
+        allowed_placements(spec, forced.get(spec.name, Forced()), everywhere, ranks, optimizer) for spec in specs
+    ]
+    search = Search(
+        specs,
+        demands,
+        options,
+        workload=workload,
+        links=links,
+        table_bytes=[spec.rows * bytes_per_row(optimizer, spec.dim, itemsize) for spec in specs],
+        gradient_bytes=[gradient_row_bytes(spec.dim, itemsize) for spec in specs],
+        memory_limit_bytes=memory_limit_bytes,
+        all_to_all=(all_to_all,) if all_to_all != "auto" else ("flat", "hierarchical") if nodes > 1 else ("flat",),
+    )
+    best, seconds = search.best(STARTS)
+    if best is None:
+        smallest = search.smallest()
+        assert memory_limit_bytes is not None
+        check_memory(smallest, memory_limit_bytes)
+        raise ConfigError(
+            f"plan: no placement of these tables fits {memory_limit_bytes / 2**20:.0f} MiB a rank; use more ranks or "
+            "raise embedding.memory_limit_mib"
+        )
+    return _predicted(best, workload, links, seconds)
+
+
+def allowed_placements(
+    spec: TableSpec, forced: Forced, deduplicate: bool | None, ranks: int, optimizer: OptimizerConfig
+) -> list[Placement]:
+    """The placements that one table may have, owners not decided.
+
+    Args:
+        spec: the table.
+        forced: what the config says of it.
+        deduplicate: what the config says of all.
+        ranks: W.
+        optimizer: of the tables.
+
+    Raises:
+        ConfigError: the forced placement cannot be.
+    """
+    if forced.threshold is not None and forced.kind not in (None, "hybrid"):
+        raise ConfigError(f"table '{spec.name}': threshold {forced.threshold} goes with hybrid, not {forced.kind}")
+    if forced.threshold is not None and not 0 <= forced.threshold <= spec.rows:
+        raise ConfigError(
+            f"table '{spec.name}': threshold {forced.threshold} lies outside its {spec.rows} rows; "
+            f"set 0 .. {spec.rows}, or leave it out"
+        )
+    rule = forced.deduplicate if forced.deduplicate is not None else deduplicate
+    switches = (False, True) if rule is None else (rule,)
+    kind, threshold = forced.kind, forced.threshold
+    if kind is None and ranks == 1:
+        return [Placement(kind="table_wise")]  # nothing to exchange, nothing to choose
+    found: list[Placement] = []
+    if kind in (None, "column_wise"):
+        found += _column_wise(spec, ranks, optimizer, forced=kind is not None)
+    if kind in (None, "replicated"):
+        found.append(Placement(kind="replicated", threshold=spec.rows))
+    thresholds = candidate_thresholds(spec.rows) if threshold is None else [threshold]
+    for switch in switches:
+        if kind in (None, "table_wise"):
+            found.append(Placement(kind="table_wise", deduplicate=switch))
+        if kind in (None, "row_wise"):
+            found.append(Placement(kind="row_wise", deduplicate=switch))
+        if kind in (None, "hybrid"):
+            found += [_at_threshold(spec, rows, switch) for rows in thresholds or [spec.rows]]
+    return list(dict.fromkeys(found))
+
+
+def _at_threshold(spec: TableSpec, threshold: int, deduplicate: bool) -> Placement:
+    """Hybrid, or what it is at its ends; a table of one row is hybrid at an end only."""
+    if threshold == 0:
+        return Placement(kind="row_wise", deduplicate=deduplicate)
+    if threshold == spec.rows:
+        return Placement(kind="replicated", threshold=threshold)
+    return Placement(kind="hybrid", threshold=threshold, deduplicate=deduplicate)
+
+
+def _column_wise(spec: TableSpec, ranks: int, optimizer: OptimizerConfig, *, forced: bool) -> list[Placement]:
+    """Columns cut into as many parts as there are ranks, or the most that divide them."""
+    if optimizer.kind == "rowwise_adagrad":
+        if forced:
+            raise ConfigError(
+                f"table '{spec.name}': column_wise does not go with 'rowwise_adagrad', whose step needs the mean over "
+                "a whole row, and no owner of columns sees one; use 'adagrad' or another placement"
+            )
+        return []
+    parts = max(count for count in range(1, min(ranks, spec.dim) + 1) if spec.dim % count == 0)
+    if parts == 1 and ranks > 1:
+        if forced:
+            raise ConfigError(
+                f"table '{spec.name}': column_wise cannot cut dim {spec.dim} into equal parts for up to {ranks} "
+                "ranks; use row_wise, or a dim with a divisor among them"
+            )
+        return []
+    return [Placement(kind="column_wise", owners=tuple(range(parts)))]
+
+
+def gradient_row_bytes(dim: int, itemsize: int) -> int:
+    """Memory of a replicated row besides weight and state: its summed gradient with room to grow, place and marks."""
+    return dim * itemsize * 5 // 4 + 8
+
+
+def _frequency(spec: TableSpec, given: Mapping[str, Frequency | np.ndarray[Any, Any]] | None) -> Frequency:
+    found = (given or {}).get(spec.name)
+    if found is None:
+        return Frequency.power_law(spec.rows, 0.0)
+    if isinstance(found, Frequency):
+        if found.rows != spec.rows:
+            raise ConfigError(f"table '{spec.name}': frequencies of {found.rows} rows, but it has {spec.rows}")
+        return found
+    return Frequency.from_counts(found, spec.rows)
+
+
+def _predicted(best: Candidate, workload: Workload, links: LinkRates, seconds: Mapping[str, float]) -> Plan:
+    plan = best.plan
+    predictions = []
+    for placement, option in zip(plan.placements, best.options, strict=True):
+        alone: StepCost = step_cost([placement], [option.cost], workload, links, plan.all_to_all)
+        predictions.append(
+            Prediction(
+                frequent_share=option.cost.frequent_share,
+                inside_bytes=sum(alone.inside.values()),
+                across_bytes=sum(alone.across.values()),
+            )
+        )
+    return replace(
+        plan,
+        predictions=tuple(predictions),
+        step_seconds=best.cost.total_s,
+        seconds=tuple(best.cost.seconds.items()),
+        alternatives=tuple(seconds.items()),
+    )
+
+
+def plan_on_first_rank(comm: Comm, make: Callable[[], Plan]) -> Plan:
+    """Rank 0's plan on every rank; collective. Other ranks need none of what ``make`` reads.
+
+    Raises:
+        ConfigError: rank 0 could not make one; every rank raises what it said.
+    """
+    message = b""
+    if comm.rank == 0:
+        try:
+            message = json.dumps({"plan": make().to_values()}).encode()
+        except ConfigError as error:
+            message = json.dumps({"error": str(error)}).encode()
+    values = json.loads(broadcast_bytes(comm, message))
+    if "error" in values:
+        raise ConfigError(values["error"])
+    return plan_from_values(values["plan"])

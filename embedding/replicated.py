@@ -1,0 +1,220 @@
+"""Frequent rows: every rank holds them, and all make the same step with the gradient summed over the ranks.
+
+Two ways to sum:
+
+- compact: which rows the global batch touches is found out first (one byte a row, all-reduced with ``max`` while the
+  keys travel); the gradients of those rows are all-reduced;
+- dense: the gradients of all rows are all-reduced, with one more number a row that says how many ranks touched it.
+
+The compact way never sends more bytes, but it takes one more collective. So the way is chosen for every batch, with
+the start of a collective counted as so many bytes. The choice needs the number of touched rows before it is known: it
+is predicted from the latest batch, whose number every rank knows, so that all choose alike.
+
+Replicas stay equal bit for bit: an all-reduce leaves the same numbers on every rank, and the update of a row depends
+on nothing else.
+
+Shapes: H replicated rows, U of them touched by the global batch, D columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dlrm.config import OptimizerConfig
+from dlrm.device import Array, Device
+from embedding.buffers import NO_OFFSETS, NO_WEIGHTS, BatchBuffers
+from embedding.comm import Comm, Event
+from embedding.slots import mark_slots
+from embedding.sparse_optim import UpdateScratch, update_rows
+from embedding.table import Part, Shard, create_shards
+
+_ONE_TABLE = np.zeros(1, np.int64)
+_SUM = np.zeros(1, np.bool_)
+_NO_ROWS = np.empty(0, np.int32)
+
+
+def compact_bytes(rows: int, touched: float, dim: int, itemsize: int) -> float:
+    """Bytes that the compact way reduces: marks of all rows, gradients of the touched ones."""
+    return rows + touched * dim * itemsize
+
+
+def dense_bytes(rows: int, dim: int, itemsize: int) -> int:
+    """Bytes that the dense way reduces: a gradient and a count for every row."""
+    return rows * (dim + 1) * itemsize
+
+
+def ring_bytes(size: int, ranks: int) -> int:
+    """Bytes that one of ``ranks`` sends to all-reduce ``size`` bytes: 2 (W - 1) / W of them."""
+    return round(2 * (ranks - 1) / ranks * size)
+
+
+class ReplicatedRows:
+    """The replicated rows of some tables, one table after the other.
+
+    Between ``start_reduce`` and ``update`` of a batch there is none of another: the gradients' room is shared.
+
+    Attributes:
+        shards: views of the rows by table.
+        weight: [H, D].
+        rows: H.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        dim: int,
+        *,
+        first_guess: Sequence[float],
+        comm: Comm,
+        device: Device,
+        optimizer: OptimizerConfig,
+        dtype: np.dtype[Any],
+        seed: int,
+        start_bytes: float = 0.0,
+    ) -> None:
+        """Allocate and initialise the rows.
+
+        Args:
+            parts: the replicated part of each table, which may be empty.
+            dim: D.
+            first_guess: keys of each table per row of the batch: bounds the touched rows of the first batch.
+            comm: the ranks.
+            device: where the rows lie.
+            optimizer: of the tables.
+            dtype: float32 or float64.
+            seed: of the run.
+            start_bytes: what an all-reduce could send in the time that it takes to start; 0: always compact.
+        """
+        store = create_shards(parts, dim, device=device, optimizer=optimizer, dtype=dtype, seed=seed)
+        self.shards: list[Shard] = [shard for shard in store.shards if len(shard.rows)]
+        self.weight: Array = store.weight
+        self.rows = len(store.weight)
+        self._store = store
+        self._limits = np.array([len(part.rows) for part in parts], np.float64)
+        self._hotness = np.array(first_guess, np.float64)
+        self._comm = comm
+        self._device = device
+        self._optimizer = optimizer
+        self._dim = dim
+        self._dtype = dtype
+        self._start_bytes = start_bytes
+        self._scratch = UpdateScratch.create(self.rows)
+        self._compact = np.empty(self.rows, np.int32)
+        self._latest: tuple[int, int] | None = None  # touched rows, global rows
+        self._gradients = np.empty(0, dtype)
+
+    def predicted_touched(self, global_rows: int) -> float:
+        """Rows that a batch is expected to touch: as the latest did, in proportion to their sizes."""
+        if self._latest is None:
+            return float(np.minimum(self._limits, self._hotness * global_rows).sum())
+        touched, rows = self._latest
+        return min(float(self.rows), touched * global_rows / rows)
+
+    def find_touched(self, buffers: BatchBuffers, slots: Array) -> Array | None:
+        """Choose the way for a batch and, for the compact one, find the rows that the global batch touches.
+
+        Collective.
+
+        Args:
+            buffers: the batch's; ``sent["all_reduce"]`` is set.
+            slots: [K], those below H are replicated rows.
+
+        Returns:
+            [U] int32 or int64, ascending; ``None``: the dense way.
+        """
+        buffers.sent["all_reduce"] = 0
+        if not self.rows:
+            return _NO_ROWS
+        itemsize = self._dtype.itemsize
+        compact = compact_bytes(self.rows, self.predicted_touched(buffers.global_rows), self._dim, itemsize)
+        if compact + self._start_bytes >= dense_bytes(self.rows, self._dim, itemsize):
+            return None
+        marks = buffers.room("marks", np.uint8, self.rows)
+        marks.fill(0)
+        mark_slots(slots, self.rows, marks, device=self._device)
+        self._comm.all_reduce(marks, "max").wait()
+        buffers.sent["all_reduce"] = ring_bytes(marks.nbytes, self._comm.size)
+        found = np.flatnonzero(marks.view(np.bool_))
+        self._latest = len(found), max(1, buffers.global_rows)
+        return found
+
+    def sums(self, touched: Array | None) -> tuple[Array, Array]:
+        """Where this rank's gradients are to be summed.
+
+        Args:
+            touched: what ``find_touched`` returned.
+
+        Returns:
+            The sums, [U, D] or [H, D], and the row in them of each replicated row, [H] int32, empty for its own.
+        """
+        count = self.rows if touched is None else len(touched)
+        size = count * (self._dim + (touched is None))
+        if len(self._gradients) < size:
+            self._gradients = self._device.empty((size + size // 4,), self._dtype)
+        if touched is not None:
+            # Rows that no rank touches keep what they had: no slot names them.
+            self._compact[touched] = np.arange(len(touched), dtype=np.int32)
+        return (
+            self._gradients[: count * self._dim].reshape(count, self._dim),
+            _NO_ROWS if touched is None else self._compact,
+        )
+
+    def start_reduce(self, buffers: BatchBuffers, slots: Array, touched: Array | None) -> Event | None:
+        """Start to sum over the ranks what this rank put into ``sums``.
+
+        Args:
+            buffers: the batch's; ``sent["all_reduce"]`` grows.
+            slots: [K].
+            touched: what ``find_touched`` returned.
+        """
+        size = self.rows * (self._dim + 1) if touched is None else len(touched) * self._dim
+        if touched is None:
+            counts = self._gradients[self.rows * self._dim : size]
+            counts.fill(0)
+            mark_slots(slots, self.rows, counts, device=self._device)
+        if not size:
+            return None
+        whole = self._gradients[:size]
+        buffers.sent["all_reduce"] += ring_bytes(whole.nbytes, self._comm.size)
+        return self._comm.all_reduce(whole)
+
+    def update(self, global_rows: int, touched: Array | None, lr: float, step: int) -> None:
+        """Update the touched rows with what ``start_reduce`` summed; the same on every rank.
+
+        Args:
+            global_rows: G.
+            touched: what ``find_touched`` returned.
+            lr: learning rate of this step.
+            step: t, from 1.
+        """
+        offsets, bags = NO_OFFSETS, self.rows
+        if touched is not None:
+            bags = len(touched)
+        else:
+            # Row h is a bag of its own: empty if no rank touched it.
+            found = self._gradients[self.rows * self._dim : self.rows * (self._dim + 1)] > 0
+            offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(found, dtype=np.int64)])
+            touched = np.flatnonzero(found)
+            self._latest = len(touched), max(1, global_rows)
+        if not len(touched):
+            return
+        update_rows(
+            self._optimizer,
+            self.weight,
+            self._store.state,
+            _ONE_TABLE,
+            touched,
+            offsets,
+            NO_WEIGHTS,
+            _SUM,
+            _ONE_TABLE,
+            bags,
+            self._gradients[: bags * self._dim].reshape(bags, 1, self._dim),
+            lr=lr,
+            step=step,
+            scratch=self._scratch,
+            device=self._device,
+        )

@@ -1,0 +1,351 @@
+"""Tables whose rows travel: the rank that looks rows up pools them, and sums their gradients before these travel.
+
+Frequent rows lie on every rank and need no exchange (``replicated.py``). Each other row has one owner. A rank lists
+the rows that it needs of every owner, each distinct one once where the table is de-duplicated; owners send the rows,
+and later get one gradient for each row of the list. They add up what comes in the order of the ranks and update each
+row once.
+
+Shapes: W ranks, T tables of this group, B rows of this rank, G rows of the global batch, K keys of this rank, H
+replicated rows, N rows that this rank asks for, M rows that it is asked for, D columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dlrm.config import OptimizerConfig
+from dlrm.device import Array, Device
+from dlrm.errors import ConfigError
+from embedding.all_to_all import AllToAll
+from embedding.batch import check_shares, check_trains
+from embedding.buffers import NO_OFFSETS, NO_WEIGHTS, BatchBuffers, Finish
+from embedding.comm import Comm
+from embedding.jagged import Jagged
+from embedding.lookup import gather_pool
+from embedding.placement import Placement, TableSpec
+from embedding.replicated import ReplicatedRows
+from embedding.row_route import RowRoute
+from embedding.slots import SPREAD, RowLayout, pool_slots, route_keys, sum_slots
+from embedding.sparse_optim import UpdateScratch, update_rows
+from embedding.table import Part, Shard, create_shards
+from embedding.topology import share_of
+from embedding.wire import Wire
+
+_HEADER = 3
+"""Numbers that ranks tell each other first: rows, global rows, rows asked for."""
+
+_MOST_SLOTS = 1 << 30
+"""More replicated rows than this need 64-bit slots; as many are left for what is received."""
+
+_ONE_TABLE = np.zeros(1, np.int64)
+_SUM = np.zeros(1, np.bool_)
+
+
+@dataclass(slots=True)
+class RowBuffers(BatchBuffers):
+    """One batch of tables whose rows travel.
+
+    Attributes:
+        keys: of this rank, used where they lie.
+        slots: [K] slot of each key.
+        asked: [W] rows asked of each owner.
+        route: what this rank asks for and is asked for; ``None``: nothing travels.
+        ids: [M] numbers, among this rank's rows, of those that it is asked for.
+        touched: replicated rows of the global batch; ``None``: not found out.
+    """
+
+    keys: Jagged | None = None
+    slots: Array = field(default_factory=lambda: np.empty(0, np.int32))
+    asked: list[int] = field(default_factory=list)
+    route: RowRoute | None = None
+    ids: Array = field(default_factory=lambda: np.empty(0, np.int32))
+    touched: Array | None = None
+
+
+class RowGroup:
+    """Look-up, exchange and update of ``row_wise``, ``hybrid``, ``replicated`` and de-duplicated tables."""
+
+    def __init__(
+        self,
+        *,
+        specs: Sequence[TableSpec],
+        placements: Sequence[Placement],
+        places: Sequence[int],
+        comm: Comm,
+        all_to_all: AllToAll,
+        device: Device,
+        optimizer: OptimizerConfig,
+        wire: Wire,
+        seed: int,
+        reduce_start_bytes: float = 0.0,
+    ) -> None:
+        """Allocate and initialise what this rank holds.
+
+        Args:
+            specs: the group's tables, of one dim.
+            placements: of each.
+            places: place of each in ``vectors``.
+            comm: the embedding lane's ranks.
+            all_to_all: how keys, rows and gradients travel among them.
+            device: where everything lies.
+            optimizer: of the tables.
+            wire: how rows and gradients look on the way; has the tables' dtype.
+            seed: of the run.
+            reduce_start_bytes: see ``HybridEmbedding``.
+        """
+        self._comm, self._all_to_all, self._device, self._wire = comm, all_to_all, device, wire
+        self._optimizer, self._dtype, self._dim = optimizer, wire.dtype, specs[0].dim
+        self._place = np.array(places, np.int64)
+        self._mean = np.array([spec.pooling == "mean" for spec in specs], np.bool_)
+        columns = range(self._dim)
+        self._replicated = ReplicatedRows(
+            [Part(spec, range(p.threshold), columns, True) for spec, p in zip(specs, placements, strict=True)],
+            self._dim,
+            first_guess=[spec.hotness for spec in specs],
+            comm=comm,
+            device=device,
+            optimizer=optimizer,
+            dtype=self._dtype,
+            seed=seed,
+            start_bytes=reduce_start_bytes,
+        )
+        self._layout = row_layout(specs, placements, comm.size)
+        owned = [
+            Part(spec, rows_of(spec, placement, comm.size, comm.rank), columns)
+            for spec, placement in zip(specs, placements, strict=True)
+        ]
+        self._store = create_shards(
+            owned, self._dim, device=device, optimizer=optimizer, dtype=self._dtype, seed=seed
+        )  # fmt: skip
+        self._scratch = UpdateScratch.create(len(self._store.weight))
+        self._travels = any(placement.threshold < spec.rows for spec, placement in zip(specs, placements, strict=True))
+        self._slot_dtype = np.int32 if self._layout.frequent < _MOST_SLOTS else np.int64
+        most = sum(spec.rows for spec in specs)  # of one owner
+        self._id_dtype = np.int32 if most < 2**31 else np.int64
+
+    def shards(self) -> list[Shard]:
+        """What this rank holds: replicated rows, then its own."""
+        return [*self._replicated.shards, *(shard for shard in self._store.shards if len(shard.rows))]
+
+    def buffers(self, capacity: int, vectors: Array, grad_vectors: Array | None = None) -> RowBuffers:
+        """Room for one batch in flight; arguments as for ``HybridEmbedding.buffers``."""
+        return RowBuffers(capacity, vectors, grad_vectors)
+
+    def distribute(self, keys: Jagged, buffers: RowBuffers, global_rows: int) -> None:
+        """Ask the owners for rows, and find the replicated rows that the global batch touches.
+
+        Args:
+            keys: of this group's tables, already checked; used until the batch is done.
+            buffers: the batch's.
+            global_rows: G.
+
+        Raises:
+            CommError: the ranks disagree about the batch.
+        """
+        buffers.keys, buffers.num_rows, buffers.global_rows = keys, keys.num_rows, global_rows
+        count = len(keys.keys)
+        buffers.slots = buffers.room("slots", self._slot_dtype, count)
+        wanted = buffers.room("wanted", self._id_dtype, count)
+        asked = route_keys(
+            keys.keys,
+            _offsets(keys),
+            keys.num_rows,
+            self._layout,
+            buffers.slots,
+            wanted,
+            buffers.room("destination", np.int32, count),
+            device=self._device,
+        )
+        buffers.asked = asked.tolist()
+        buffers.sent = {"input_dist": 0, "output_dist": 0, "grad_dist": 0, "all_reduce": 0}
+        if self._travels:
+            self._ask(wanted[: sum(buffers.asked)], buffers)
+        if buffers.grad_vectors is not None:
+            buffers.touched = self._replicated.find_touched(buffers, buffers.slots)
+
+    def _ask(self, wanted: Array, buffers: RowBuffers) -> None:
+        size, rows, total = self._comm.size, buffers.num_rows, buffers.global_rows
+        route = RowRoute(self._all_to_all, wanted, buffers.asked, self._device, note=(rows, total))
+        check_shares(route.notes, [share_of(total, size, rank) for rank in range(size)], total, self._comm.rank)
+        buffers.route, buffers.ids = route, route.ids
+        buffers.sent["input_dist"] = self._leaving([1] * size, _HEADER * 8)
+        buffers.sent["input_dist"] += self._leaving(buffers.asked, wanted.itemsize)
+
+    def lookup(self, buffers: RowBuffers) -> None:
+        """Gather the rows that the ranks asked for."""
+        if not len(buffers.ids):
+            return
+        rows = buffers.rows("owner_rows", self._dtype, len(buffers.ids), self._dim)
+        gather_pool(
+            self._store.weight,
+            _ONE_TABLE,
+            buffers.ids,
+            NO_OFFSETS,
+            NO_WEIGHTS,
+            _SUM,
+            _ONE_TABLE,
+            len(rows),
+            rows[:, None],
+            device=self._device,
+        )
+
+    def start_output_dist(self, buffers: RowBuffers) -> Finish:
+        """Start to send the rows; what is returned waits for them and pools.
+
+        The end reads the replicated rows, so that it comes before the next update.
+        """
+        keys = given(buffers.keys)
+        received = buffers.rows("received", self._dtype, sum(buffers.asked), self._dim)
+        arrive = self._fetch(buffers.rows("owner_rows", self._dtype, len(buffers.ids), self._dim), received, buffers)
+
+        def pool() -> None:
+            arrive()
+            pool_slots(
+                self._replicated.weight,
+                received,
+                buffers.slots,
+                _offsets(keys),
+                _weights(keys),
+                self._mean,
+                self._place,
+                buffers.num_rows,
+                buffers.vectors,
+                device=self._device,
+            )
+
+        return pool
+
+    def start_grad_dist(self, buffers: RowBuffers) -> Finish:
+        """Sum this rank's gradients by row and start to send them; what is returned waits."""
+        check_trains(buffers.grad_vectors)
+        keys = given(buffers.keys)
+        frequent_sum, compact = self._replicated.sums(buffers.touched)
+        going = buffers.rows("received", self._dtype, sum(buffers.asked), self._dim)
+        sum_slots(
+            buffers.grad_vectors,
+            buffers.slots,
+            _offsets(keys),
+            _weights(keys),
+            self._mean,
+            self._place,
+            buffers.num_rows,
+            compact,
+            self._layout.frequent,
+            frequent_sum,
+            going,
+            device=self._device,
+        )
+        coming = buffers.rows("owner_rows", self._dtype, len(buffers.ids), self._dim)
+        arrive = self._send_gradients(going, coming, buffers)
+        event = self._replicated.start_reduce(buffers, buffers.slots, buffers.touched)
+
+        def finish() -> None:
+            arrive()
+            if event is not None:
+                event.wait()
+
+        return finish
+
+    def sparse_update(self, buffers: RowBuffers, lr: float, step: int) -> None:
+        """Update the replicated rows and this rank's own that the global batch touched."""
+        if len(buffers.ids):
+            update_rows(
+                self._optimizer,
+                self._store.weight,
+                self._store.state,
+                _ONE_TABLE,
+                buffers.ids,
+                NO_OFFSETS,
+                NO_WEIGHTS,
+                _SUM,
+                _ONE_TABLE,
+                len(buffers.ids),
+                buffers.rows("owner_rows", self._dtype, len(buffers.ids), self._dim)[:, None],
+                lr=lr,
+                step=step,
+                scratch=self._scratch,
+                device=self._device,
+            )
+        if self._layout.frequent:
+            self._replicated.update(buffers.global_rows, buffers.touched, lr, step)
+
+    def _fetch(self, rows: Array, out: Array, buffers: RowBuffers) -> Finish:
+        """Start to send the rows that were asked for; what is returned waits, and has this rank's in ``out``."""
+        route = buffers.route
+        if route is None:
+            return _arrived
+        buffers.sent["output_dist"] = route.num_elsewhere * self._wire.row_bytes(self._dim)
+        if self._wire.plain:
+            return route.start_fetch(rows, out)
+        words = buffers.rows("words_send", np.uint16, len(rows), self._dim)
+        arriving = buffers.rows("words_recv", np.uint16, len(out), self._dim)
+        arrive = route.start_fetch(self._wire.encode(rows, words), arriving.view(np.uint8))
+
+        def widen() -> None:
+            arrive()
+            self._wire.decode(arriving, out)
+
+        return widen
+
+    def _send_gradients(self, going: Array, coming: Array, buffers: RowBuffers) -> Finish:
+        """Start to send gradients; what is returned waits, and has those of ``buffers.ids`` in ``coming``."""
+        if buffers.route is None:
+            return _arrived
+        buffers.sent["grad_dist"] = self._leaving(buffers.asked, self._wire.row_bytes(self._dim))
+        return buffers.route.start_send(going, coming, self._wire, self._wire.scale_of(buffers.global_rows))
+
+    def _leaving(self, counts: list[int], itemsize: int) -> int:
+        return (sum(counts) - counts[self._comm.rank]) * itemsize
+
+
+def rows_of(spec: TableSpec, placement: Placement, ranks: int, rank: int) -> range:
+    """The rows that ``rank`` alone holds of a table whose rows travel."""
+    if placement.kind == "table_wise":
+        return range(spec.rows if placement.owner == rank else 0)
+    return range(min(placement.threshold + rank, spec.rows), spec.rows, ranks)
+
+
+def row_layout(specs: Sequence[TableSpec], placements: Sequence[Placement], ranks: int) -> RowLayout:
+    """Where the rows of some tables lie: each rank's rows of table after table (``rows_of``)."""
+    threshold = np.array([placement.threshold for placement in placements], np.int64)
+    owner = np.array([p.owner if p.kind == "table_wise" else SPREAD for p in placements], np.int64)
+    held = [
+        [len(rows_of(spec, placement, ranks, rank)) for spec, placement in zip(specs, placements, strict=True)]
+        for rank in range(ranks)
+    ]
+    counts = np.array(held, np.int64)
+    return RowLayout(
+        threshold=threshold,
+        owner=owner,
+        distinct=np.array([placement.deduplicate for placement in placements], np.bool_),
+        frequent_start=np.cumsum(threshold) - threshold,
+        base=np.cumsum(counts, axis=1) - counts,
+        frequent=int(threshold.sum()),
+    )
+
+
+def given(value: Any) -> Any:
+    """What ``input_dist`` leaves.
+
+    Raises:
+        ConfigError: it has not been called.
+    """
+    if value is None:
+        raise ConfigError("batch: input_dist has not been called; call it first")
+    return value
+
+
+def _arrived() -> None:
+    """Nothing to wait for."""
+
+
+def _offsets(keys: Jagged) -> Array:
+    return NO_OFFSETS if keys.offsets is None else keys.offsets
+
+
+def _weights(keys: Jagged) -> Array:
+    return NO_WEIGHTS if keys.weights is None else keys.weights

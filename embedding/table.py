@@ -1,0 +1,139 @@
+"""The rows and the optimiser state that one rank holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dlrm.config import OptimizerConfig
+from dlrm.device import Array, Device
+from dlrm.philox import uniform_rows
+from embedding.plan import TableSpec
+from embedding.sparse_optim import StateSpec, state_specs
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One table's rows. The arrays are views: write into them, they cannot be replaced.
+
+    Attributes:
+        spec: what the table is.
+        weight: [rows, D].
+        state: optimiser state by name: [rows, D], or [rows] for one number a row.
+    """
+
+    spec: TableSpec
+    weight: Array
+    state: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What a rank holds of one table. The arrays are views: write into them, they cannot be replaced.
+
+    Attributes:
+        table: the table's name.
+        rows: which rows of the table.
+        columns: which columns of the table.
+        weight: [len(rows), len(columns)].
+        state: optimiser state by name: the same shape, or [len(rows)] for one number a row.
+        replicated: every rank holds the same; one of them saves it.
+    """
+
+    table: str
+    rows: range
+    columns: range
+    weight: Array
+    state: dict[str, Array] = field(default_factory=dict)
+    replicated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Part of a table that is to be allocated.
+
+    Attributes:
+        spec: the whole table.
+        rows: which rows of it.
+        columns: which columns of it.
+        replicated: every rank holds the same.
+    """
+
+    spec: TableSpec
+    rows: range
+    columns: range
+    replicated: bool = False
+
+    @classmethod
+    def whole(cls, spec: TableSpec) -> Part:
+        """All of a table."""
+        return cls(spec, range(spec.rows), range(spec.dim))
+
+
+@dataclass(frozen=True, slots=True)
+class ShardStore:
+    """Shards of this rank, one after the other in the same arrays, so that one kernel call reaches them all.
+
+    Shapes: S shards, R rows of all of them together, D columns.
+
+    Attributes:
+        shards: the shards, views of what follows.
+        weight: [R, D].
+        state: [R, D] or [R, 1] by name, in the optimiser's order.
+        row_start: [S] int64, first row of each shard.
+    """
+
+    shards: list[Shard]
+    weight: Array
+    state: dict[str, Array]
+    row_start: Array
+
+
+def create_shards(
+    parts: Sequence[Part], dim: int, *, device: Device, optimizer: OptimizerConfig, dtype: Any, seed: int
+) -> ShardStore:
+    """Allocate parts of tables and fill them: weights uniform in +-1 / sqrt(rows), state as the optimiser starts.
+
+    The values of a row depend on the seed, the table's name and the row alone.
+
+    Args:
+        parts: what this rank holds; each of ``dim`` columns.
+        dim: D.
+        device: where they lie.
+        optimizer: decides the state.
+        dtype: float32 or float64.
+        seed: of the run.
+    """
+    starts = [0, *np.cumsum([len(part.rows) for part in parts], dtype=np.int64).tolist()]
+    weight = device.empty((starts[-1], dim), dtype)
+    layout = state_specs(optimizer)
+    state = {item.name: _filled(item, starts[-1], dim, dtype, device) for item in layout}
+    shards = []
+    for part, begin in zip(parts, starts, strict=False):
+        rows = slice(begin, begin + len(part.rows))
+        uniform_rows(
+            seed,
+            f"table.{part.spec.name}",
+            len(part.rows),
+            dim,
+            dtype,
+            start=part.rows.start,
+            step=part.rows.step,
+            first_column=part.columns.start,
+            scale=1.0 / math.sqrt(part.spec.rows),
+            out=weight[rows],
+            device=device,
+        )
+        views = {item.name: state[item.name][rows, 0] if item.per_row else state[item.name][rows] for item in layout}
+        shards.append(Shard(part.spec.name, part.rows, part.columns, weight[rows], views, part.replicated))
+    return ShardStore(shards, weight, state, device.xp.asarray(starts[:-1], np.int64))
+
+
+def _filled(item: StateSpec, rows: int, dim: int, dtype: Any, device: Device) -> Array:
+    array = device.empty((rows, 1 if item.per_row else dim), dtype)
+    array.fill(item.start)
+    return array

@@ -1,0 +1,345 @@
+"""Checkpoints written behind the training: it stops for a copy of the tensors only.
+
+Each rank copies what it writes and goes on; a thread of its own puts the copy on disk. The threads use no
+communicator: MPI and NCCL want a group's calls in one order, and the training makes them. What they have to tell
+each other goes through the folder that they write into anyway: a rank whose files are on disk leaves a receipt
+there, and rank 0 names the checkpoint once it has found everybody's. Errors are agreed upon by the ranks at their
+next call of ``save`` or ``wait``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from dlrm.errors import CheckpointError
+from embedding.comm import Comm
+from pipeline.agreement import everywhere, on_rank_0
+from pipeline.checkpoint import all_parts, commit, prune_checkpoints, save_checkpoint, write_shard
+from pipeline.checkpoint_folder import begin, target_of
+from pipeline.checkpoint_parts import Part, RowSet, Touched, Value, snapshot
+
+# Between two looks for receipts; it doubles from one to the other.
+_SHORTEST_PAUSE_S = 0.01
+_LONGEST_PAUSE_S = 0.5
+# After every rank said that it has written: how long its files may take to show on shared storage.
+_VISIBLE_S = 60.0
+
+
+@dataclass(slots=True)
+class _Save:
+    """One checkpoint under way."""
+
+    target: Path
+    scratch: Path
+    step: int
+    meta: dict[str, Any]
+    base: Path | None
+    parts: list[tuple[str, list[Part]]]
+    lock: contextlib.ExitStack
+    prune: bool
+    # By what this rank's thread does: its files are on disk or failed; everything it does is done.
+    written: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+    # By the training thread of rank 0: all ranks have written; some rank has failed.
+    all_written: threading.Event = field(default_factory=threading.Event)
+    given_up: threading.Event = field(default_factory=threading.Event)
+    write_error: Exception | None = None
+    commit_error: Exception | None = None
+
+
+class AsyncSaver:
+    """Saves checkpoints of one run while its training goes on (all methods but ``close`` are collective).
+
+    At most one save is under way: the next one waits for it. Wait also before anything else writes into the folder.
+    Memory: one copy of what this rank writes (of an
+    increment, of the touched rows), given back tensor by tensor as it reaches the disk.
+
+    Attributes:
+        snapshot_seconds: how long the training stood still for the last ``save``, all in all.
+        write_seconds: how long the last finished writing took this rank, behind the training.
+    """
+
+    def __init__(
+        self, directory: Path, comm: Comm, *, keep: int | None = None, memory_limit_bytes: int | None = None
+    ) -> None:
+        """Write nothing yet.
+
+        Args:
+            directory: folder of the run's checkpoints, on storage that all ranks share.
+            comm: the ranks that write; used in the caller's thread only.
+            keep: how many unnamed checkpoints stay when a new one is there; ``None``: all.
+            memory_limit_bytes: a copy larger than this on any rank is not made: all ranks then save at once, and
+                the training waits. ``None``: no limit.
+        """
+        self.directory = Path(directory)
+        self.comm = comm
+        self.snapshot_seconds = 0.0
+        self.write_seconds = 0.0
+        self._keep = keep
+        self._limit = memory_limit_bytes
+        self._save: _Save | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.wait()
+        else:  # another rank may be anywhere: no collective call
+            self.close()
+
+    @property
+    def saving(self) -> Path | None:
+        """The checkpoint under way, or whose end was not yet asked for with ``wait``."""
+        return self._save.target if self._save else None
+
+    def save(
+        self,
+        *,
+        step: int,
+        tensors: Mapping[str, Value],
+        meta: Mapping[str, Any],
+        name: str | None = None,
+        base: Path | None = None,
+        touched: Mapping[str, Touched] | None = None,
+    ) -> Path:
+        """Copy the tensors and begin to write them; arguments as of ``save_checkpoint``.
+
+        When it returns, ``tensors`` and ``touched`` may change.
+
+        Returns:
+            The folder that will be there once the writing is done.
+
+        Raises:
+            CheckpointError: on every rank, if the save before this one failed on any, or this one cannot begin.
+        """
+        started = time.perf_counter()
+        self.wait()
+        target = target_of(self.directory, name, step)
+        whole: list[tuple[str, list[Part]]] = []
+
+        def measure() -> int:
+            whole.extend(all_parts(tensors, base, touched or {}))
+            return sum(part.nbytes for _, parts in whole for part in parts)
+
+        sizes = everywhere(self.comm, target, measure)
+        if self._limit is not None and max(sizes) > self._limit:
+            whole.clear()
+            save_checkpoint(
+                self.directory,
+                step=step,
+                tensors=tensors,
+                meta=meta,
+                comm=self.comm,
+                name=name,
+                base=base,
+                touched=touched,
+            )
+            on_rank_0(self.comm, target, lambda: self._prune(unnamed=name is None))
+        else:
+            self._save = self._begin(target, step, meta, base, whole, unnamed=name is None)
+            threading.Thread(target=self._run, args=(self._save,), name="checkpoint", daemon=True).start()
+        self.snapshot_seconds = time.perf_counter() - started
+        return target
+
+    def wait(self) -> Path | None:
+        """Return once the save under way is done.
+
+        Returns:
+            Its folder; ``None`` if nothing was under way.
+
+        Raises:
+            CheckpointError: on every rank, if it failed on any; nothing is left of it.
+        """
+        save, self._save = self._save, None
+        if save is None:
+            return None
+        save.written.wait()
+        try:
+            everywhere(self.comm, save.target, lambda: _raise(save.write_error))
+            save.all_written.set()
+            on_rank_0(self.comm, save.target, lambda: _outcome(save))
+        except CheckpointError:
+            self._give_up(save)
+            raise
+        return save.target
+
+    def close(self, patience_s: float = 60.0) -> None:
+        """End without the other ranks, which may have failed: what is under way is finished, or given up.
+
+        Args:
+            patience_s: how long it may take to finish.
+        """
+        save, self._save = self._save, None
+        if save is not None and not save.ended.wait(patience_s):
+            self._give_up(save)
+
+    def _begin(
+        self,
+        target: Path,
+        step: int,
+        meta: Mapping[str, Any],
+        base: Path | None,
+        parts: list[tuple[str, list[Part]]],
+        *,
+        unnamed: bool,
+    ) -> _Save:
+        """Lock the folder and copy the tensors."""
+        with contextlib.ExitStack() as lock:
+            scratch = self.directory / on_rank_0(self.comm, target, lambda: begin(self.directory, target, base, lock))
+            save = _Save(target, scratch, step, {}, base, [], lock, unnamed)
+
+            def copy() -> None:
+                save.meta = _plain(meta)
+                save.parts = _copied(parts, target)
+
+            try:
+                everywhere(self.comm, target, copy)
+            except CheckpointError:
+                if self.comm.rank == 0:
+                    shutil.rmtree(scratch, ignore_errors=True)
+                raise
+            save.lock = lock.pop_all()
+        return save
+
+    def _run(self, save: _Save) -> None:
+        """What the thread does: write, leave a receipt, and on rank 0 name the checkpoint."""
+        started = time.perf_counter()
+        try:
+            try:
+                shard = write_shard(save.scratch, self.comm.rank, _released(save.parts))
+                _leave_receipt(save.scratch, self.comm.rank, {"shard": shard})
+            except Exception as error:  # noqa: BLE001 the training thread raises it
+                save.write_error = error
+                with contextlib.suppress(OSError):
+                    _leave_receipt(save.scratch, self.comm.rank, {"failed": True})
+            save.parts.clear()
+            self.write_seconds = time.perf_counter() - started
+            save.written.set()
+            if self.comm.rank == 0:
+                self._commit(save)
+        except Exception as error:  # noqa: BLE001 the training thread raises it
+            save.commit_error = error
+        finally:
+            save.lock.close()
+            save.ended.set()
+
+    def _commit(self, save: _Save) -> None:
+        """Rank 0's thread, once it has written its own files."""
+        shards = self._receipts(save)
+        if shards is None:
+            shutil.rmtree(save.scratch, ignore_errors=True)
+            return
+        for rank in range(self.comm.size):
+            _receipt(save.scratch, rank).unlink()
+        commit(save.scratch, save.target, save.step, save.meta, shards, save.base)
+        self._prune(unnamed=save.prune)
+
+    def _receipts(self, save: _Save) -> list[Any] | None:
+        """What every rank wrote, as soon as it has; ``None`` if one of them failed."""
+        found: dict[int, Any] = {}
+        pause_s, patient_until = _SHORTEST_PAUSE_S, float("inf")
+        while True:
+            for rank in range(self.comm.size):
+                if rank not in found and (receipt := _read_receipt(save.scratch, rank)) is not None:
+                    found[rank] = receipt
+            if any("failed" in receipt for receipt in found.values()) or save.given_up.is_set():
+                return None
+            if len(found) == self.comm.size:
+                return [found[rank]["shard"] for rank in range(self.comm.size)]
+            if save.all_written.is_set():
+                patient_until = min(patient_until, time.monotonic() + _VISIBLE_S)
+            if time.monotonic() > patient_until:
+                missing = next(rank for rank in range(self.comm.size) if rank not in found)
+                raise CheckpointError(
+                    f"checkpoint {save.target}: rank 0 does not see what rank {missing} wrote; run.directory must be "
+                    "on storage that all ranks share"
+                )
+            save.given_up.wait(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _give_up(self, save: _Save) -> None:
+        save.given_up.set()
+        if self.comm.rank == 0:
+            save.ended.wait(_VISIBLE_S)
+            shutil.rmtree(save.scratch, ignore_errors=True)
+
+    def _prune(self, *, unnamed: bool) -> str:
+        if unnamed and self._keep is not None:
+            prune_checkpoints(self.directory, self._keep)
+        return ""
+
+
+def _plain(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of JSON values.
+
+    Raises:
+        CheckpointError: they are none.
+    """
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(dict(meta), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"meta: not JSON ({error}); note plain values only") from None
+    return copy
+
+
+def _copied(parts: list[tuple[str, list[Part]]], target: Path) -> list[tuple[str, list[Part]]]:
+    settled: dict[int, tuple[RowSet, RowSet]] = {}
+    try:
+        return [(name, [snapshot(part, settled) for part in own]) for name, own in parts]
+    except MemoryError:
+        size = sum(part.nbytes for _, own in parts for part in own)
+        raise CheckpointError(
+            f"checkpoint {target}: no memory for a copy of {size / 2**20:.0f} MiB; save synchronously"
+        ) from None
+
+
+def _released(parts: list[tuple[str, list[Part]]]) -> Iterator[tuple[str, list[Part]]]:
+    """The parts one by one, each given back once the next one is asked for."""
+    while parts:
+        yield parts.pop(0)
+
+
+def _receipt(scratch: Path, rank: int) -> Path:
+    return scratch / f"receipt-{rank:04d}.json"
+
+
+def _leave_receipt(scratch: Path, rank: int, values: Mapping[str, Any]) -> None:
+    file = _receipt(scratch, rank)
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(values), encoding="utf-8")
+    unfinished.replace(file)
+
+
+def _read_receipt(scratch: Path, rank: int) -> Any:
+    try:
+        return json.loads(_receipt(scratch, rank).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def _raise(error: Exception | None) -> None:
+    """Raise it as something that ranks agree upon."""
+    if error is None:
+        return
+    if isinstance(error, CheckpointError | OSError):
+        raise error
+    raise CheckpointError(f"checkpoint: {type(error).__name__}: {error}")
+
+
+def _outcome(save: _Save) -> str:
+    """Wait for rank 0's thread and raise what it met."""
+    save.ended.wait()
+    _raise(save.commit_error)
+    return save.target.name

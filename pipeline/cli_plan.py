@@ -1,0 +1,176 @@
+"""``crosslane plan``: where the tables of a config would lie, on this machine or on one that is not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dlrm.errors import ConfigError
+from pipeline.cli_data import parse_counts
+from pipeline.console import AsJson, print_fields, print_json, print_rows, text_of
+from pipeline.threads import settle_threads
+
+if TYPE_CHECKING:
+    from dlrm.config import RunConfig
+    from embedding.links import LinkRates
+    from embedding.placement import Plan
+    from pipeline.manifest import TableInfo
+    from pipeline.planning import Calibration
+
+_MOST_RANKS = 1024
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML or JSON file of a run.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of the machine to plan for.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that they share out among themselves.")] = 1,
+    links: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|NAME", help="Link rates: a JSON file such as a run directory's, or a100 or h100."),
+    ] = None,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Predict the step time on 8 to 1,024 ranks.")] = False,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Of the simulation.")] = 8,
+    flops: Annotated[
+        float, typer.Option(help="Of the simulation: operations of the dense part a rank does in 1 s.")
+    ] = 1e14,
+    rows: Annotated[
+        str | None, typer.Option(metavar="R1,R2,...", help="Rows of each table, instead of the data set's manifest.")
+    ] = None,
+    dense: Annotated[int, typer.Option(min=0, help="Dense columns, with --rows.")] = 13,
+    exponent: Annotated[
+        float | None, typer.Option(help="Suppose look-ups by this power law instead of counting; --rows: 1.1.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Set one field; may be repeated.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where tables would lie, the bytes over each link and the predicted time; trains nothing."""
+    settle_threads()
+    from dlrm.config import load_run_config
+    from pipeline.planning import plan_tables
+    from pipeline.planning import simulate as predict
+
+    run = load_run_config(config, overrides or ())
+    if not 0 < flops < float("inf"):
+        raise ConfigError(f"--flops: {flops}; must be a finite number above 0")
+    tables, num_dense, calibration = _data(run, rows, dense, exponent)
+    if simulate:
+        rates = read_links(links or "h100")
+        counts = [2**power for power in range(3, _MOST_RANKS.bit_length()) if 2**power <= run.data.batch_size]
+        if not counts:
+            raise ConfigError(f"data.batch_size: {run.data.batch_size} rows are fewer than 8 ranks; raise it")
+        result = predict(
+            run, tables, num_dense=num_dense, calibration=calibration, links=rates, ranks_per_node=ranks_per_node,
+            flops=flops, ranks=counts,
+        )  # fmt: skip
+        print_rows(f"Predicted step, batch {run.data.batch_size:,}, links {rates.source}", result, as_json=as_json)
+        return
+    rates = read_links(links)
+    made = plan_tables(run, tables, ranks=ranks, nodes=nodes, calibration=calibration, links=rates)
+    print_plan(made, rates, as_json=as_json)
+
+
+def print_plan(plan: Plan, links: LinkRates, *, as_json: bool) -> None:
+    """Print a plan: its tables, its time, and the plans that it was chosen over."""
+    summary: dict[str, Any] = {
+        "ranks": plan.ranks,
+        "nodes": plan.nodes,
+        "all_to_all": plan.all_to_all,
+        "links": links.source,
+        "step_ms": None if plan.step_seconds is None else 1e3 * plan.step_seconds,
+        "step_parts_ms": {name: 1e3 * seconds for name, seconds in plan.seconds},
+        "megabytes_per_rank": float(plan.memory().max()) / 1e6,
+        "alternatives_ms": {name: 1e3 * seconds for name, seconds in plan.alternatives},
+    }
+    if as_json:
+        print_json({**summary, "tables": plan.describe(), "link_rates": links.to_values()})
+        return
+    _print_tables([_shown(row) for row in plan.describe()])
+    print_fields("Predicted, without the dense part", summary, as_json=False)
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns that fit a terminal (MiB a rank, MB a step inside nodes and between); ``--json`` has all."""
+    return {
+        "table": row["table"],
+        "rows": row["rows"],
+        "placement": row["placement"].replace(" de-duplicated", " dedup"),
+        "frequent": row["frequent_rows"],
+        "share": _short(row["frequent_share"]),
+        "rank": str(row["rank"]),
+        "MiB": _short(row["megabytes_per_rank"] * 1e6 / 2**20),
+        "MB in": _short(row["inside_bytes"] / 1e6),
+        "MB out": _short(row["across_bytes"] / 1e6),
+    }
+
+
+def _print_tables(rows: list[dict[str, Any]]) -> None:
+    """A narrow table: numbers to the right, nothing folded inside a word where the terminal is wide enough."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="MiB a rank, MB a step inside nodes and between", title_justify="left", box=box.SIMPLE_HEAD,
+                  padding=(0, 1, 0, 0), pad_edge=False)  # fmt: skip
+    for name, value in (rows[0] if rows else {}).items():
+        text = isinstance(value, str)
+        table.add_column(name, justify="left" if text else "right", no_wrap=name in ("placement", "rows"))
+    for row in rows:
+        table.add_row(*(text_of(value) for value in row.values()))
+    Console().print(table)
+
+
+def _short(value: float) -> float:
+    """Three digits, so that all columns fit 80 characters."""
+    return float(f"{value:.3g}")
+
+
+def read_links(text: str | None) -> LinkRates:
+    """Rates by name or from a JSON file; ``None``: what is supposed of any machine.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    import json
+
+    from embedding.links import DEFAULT, PUBLISHED, rates_from_values
+
+    if text is None:
+        return DEFAULT
+    if text in PUBLISHED:
+        return PUBLISHED[text]
+    try:
+        values = json.loads(Path(text).read_text(encoding="utf-8"))
+    except OSError as error:
+        names = ", ".join(PUBLISHED)
+        raise ConfigError(f"--links {text}: {error.strerror or error}; name a JSON file or one of {names}") from None
+    except ValueError:
+        raise ConfigError(f"--links {text}: not JSON; name a file with link rates") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--links {text}: holds {type(values).__name__}, but must hold an object with link rates")
+    return rates_from_values(values)
+
+
+def _data(
+    run: RunConfig, rows: str | None, dense: int, exponent: float | None
+) -> tuple[tuple[TableInfo, ...], int, Calibration]:
+    """The tables, the dense columns, and what is known of the rows."""
+    from pipeline.dataset import load_dataset
+    from pipeline.manifest import TableInfo
+    from pipeline.planning import calibrate, supposed
+
+    if exponent is not None and not 0 <= exponent <= 10:
+        raise ConfigError(f"--exponent: {exponent}; must lie in 0 .. 10")
+    if rows is not None:
+        counts = parse_counts("--rows", rows)
+        if min(counts) < 1:
+            raise ConfigError(f"--rows: {min(counts)} rows; every table has at least 1")
+        tables = tuple(TableInfo(name=f"C{number}", rows=count) for number, count in enumerate(counts, 1))
+        return tables, dense, supposed(tables, 1.1 if exponent is None else exponent)
+    dataset = load_dataset(run.data.path)
+    if exponent is not None:
+        return dataset.tables, dataset.num_dense, supposed(dataset.tables, exponent)
+    return dataset.tables, dataset.num_dense, calibrate(run, dataset)

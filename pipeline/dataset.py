@@ -1,0 +1,221 @@
+"""Prepared data sets: ``dataset.json`` and the binary files that it lists, read and written.
+
+Shapes: B rows, N dense columns, T tables, H key columns of all tables, K keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlrm.errors import DataError
+from pipeline.formats.batch import HostBatch, size_fault
+from pipeline.formats.jagged import JaggedReader
+from pipeline.formats.raw import RawReader, Rows
+from pipeline.manifest import Ceilings, Manifest, SplitInfo, TableInfo, read_manifest
+from pipeline.writer import DatasetWriter
+
+__all__ = ["Ceilings", "Dataset", "DatasetWriter", "HostBatch", "Split", "TableInfo", "load_dataset"]
+
+
+class Split:
+    """One split of a data set.
+
+    Attributes:
+        name: such as ``train``.
+        rows: how many samples it has.
+    """
+
+    def __init__(self, dataset: Dataset, name: str) -> None:
+        """Map the split's files.
+
+        Raises:
+            DataError: a file is missing, truncated or oversized.
+        """
+        info = dataset.manifest.splits[name]
+        self.name = name
+        self.rows = info.rows
+        reader = JaggedReader if dataset.manifest.layout == "jagged" else RawReader
+        self._reader = reader(dataset.path, dataset.manifest, info)
+
+    def read(self, rows: NDArray[np.int64] | slice) -> HostBatch:
+        """Read rows in the order asked for; safe from several threads at once.
+
+        Args:
+            rows: [B] row numbers from 0, or a slice of them.
+
+        Returns:
+            The rows. Every bag holds exactly one key, and ``keys.offsets`` is ``None``, if and only if all
+            tables of a Raw data set have hotness 1 and its manifest says that no key is missing: this
+            is the same for every batch and rank.
+
+        Raises:
+            DataError: a value is out of range; the message names file, row, column and value.
+            IndexError: a row number lies outside the split.
+        """
+        if isinstance(rows, slice):
+            numbers: Rows = np.arange(*rows.indices(self.rows), dtype=np.int64)
+        else:
+            numbers = np.ascontiguousarray(rows, np.int64)
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= self.rows):
+            raise IndexError(f"rows {numbers.min()} .. {numbers.max()} lie outside 0 .. {self.rows - 1}")
+        return self._reader.read(numbers)
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Ask the system to read rows ``start .. stop`` ahead into its page cache; returns at once."""
+        self._reader.will_need(start, stop)
+
+
+class Dataset:
+    """A prepared data set in a folder.
+
+    Attributes:
+        path: its folder.
+        manifest: every field of ``dataset.json``.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Take over a manifest and check that its files are there in the listed sizes.
+
+        Raises:
+            DataError: a file is missing, truncated or oversized.
+        """
+        self.path = path
+        self.manifest = manifest
+        self._splits: dict[str, Split] = {}
+        for split in manifest.splits.values():
+            for file in split.files:
+                _check_size(path / file.path, file.bytes)
+
+    @property
+    def name(self) -> str:
+        """Name of the data set."""
+        return self.manifest.name
+
+    @property
+    def num_dense(self) -> int:
+        """N, how many dense columns it has."""
+        return len(self.manifest.dense.names)
+
+    @property
+    def tables(self) -> tuple[TableInfo, ...]:
+        """The categorical features, in order."""
+        return self.manifest.tables
+
+    @property
+    def key_dtype(self) -> str:
+        """``int32`` or ``int64``."""
+        return self.manifest.key_dtype
+
+    @property
+    def weighted(self) -> bool:
+        """Whether keys carry weights."""
+        return self.manifest.weighted
+
+    @property
+    def splits(self) -> dict[str, SplitInfo]:
+        """Rows and files of each split by name."""
+        return self.manifest.splits
+
+    def split(self, name: str) -> Split:
+        """One split, its files mapped.
+
+        Raises:
+            DataError: there is no such split.
+        """
+        if name not in self.manifest.splits:
+            known = ", ".join(self.manifest.splits) or "none"
+            raise DataError(f"data set {self.path}: no split {name!r}; it has {known}")
+        if name not in self._splits:
+            self._splits[name] = Split(self, name)
+        return self._splits[name]
+
+    def verify(self) -> tuple[str, ...]:
+        """Check sizes and SHA-256 sums of all files.
+
+        Returns:
+            Paths of the files that the manifest has no sum for (adopted ones).
+
+        Raises:
+            DataError: a file differs from the manifest.
+        """
+        unchecked = []
+        for split in self.manifest.splits.values():
+            for file in split.files:
+                path = self.path / file.path
+                _check_size(path, file.bytes)
+                if file.sha256 is None:
+                    unchecked.append(file.path)
+                elif (found := file_sha256(path)) != file.sha256:
+                    raise DataError(
+                        f"{path}: SHA-256 {found}, but the manifest says {file.sha256}; copy the file again or "
+                        "prepare the data set again"
+                    )
+        return tuple(unchecked)
+
+    def summary(self) -> dict[str, Any]:
+        """What a report says about the data, as plain JSON values."""
+        manifest = self.manifest
+        ceilings = manifest.ceilings
+        return {
+            "name": manifest.name,
+            "path": str(self.path),
+            "layout": manifest.layout,
+            "num_dense": self.num_dense,
+            "dense_dtype": manifest.dense.dtype,
+            "dense_transform": manifest.dense.transform,
+            "num_tables": len(manifest.tables),
+            "table_rows": {table.name: table.rows for table in manifest.tables},
+            "hotness": {table.name: table.hotness for table in manifest.tables},
+            "key_dtype": manifest.key_dtype,
+            "weighted": manifest.weighted,
+            "splits": {name: split.rows for name, split in manifest.splits.items()},
+            "licence": manifest.licence,
+            "source": manifest.source,
+            "notes": list(manifest.notes),
+            "ceilings": ceilings
+            and {
+                "best": ceilings.best,
+                "best_additive": ceilings.best_additive,
+                "dense_only": ceilings.dense_only,
+            },
+        }
+
+
+def load_dataset(path: str | Path) -> Dataset:
+    """Open a prepared data set.
+
+    Args:
+        path: folder with ``dataset.json``.
+
+    Raises:
+        DataError: it is missing or malformed, or a file does not have the size that it lists.
+    """
+    directory = Path(path)
+    return Dataset(directory, read_manifest(directory))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; restore the file") from None
+
+
+def _check_size(path: Path, expected: int) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; restore the file or prepare the data set again") from None
+    if found != expected:
+        raise DataError(size_fault(path, found, expected))

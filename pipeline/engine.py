@@ -1,0 +1,195 @@
+"""The composition root: the one place that picks implementations and joins them for a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlrm.config import RunConfig
+from dlrm.device import Device, HostDevice
+from dlrm.errors import CheckpointError, ConfigError
+from dlrm.model import DenseModel
+from dlrm.optim import DenseOptimizer
+from embedding.all_to_all import Flat, Hierarchical
+from embedding.comm import Comm
+from embedding.hybrid import HybridEmbedding
+from embedding.placement import Plan
+from embedding.topology import Topology, discover
+from pipeline.checkpoint import Checkpoint, check_compatible
+from pipeline.checkpoint_shards import pieces_of_shards, read_shards
+from pipeline.dataset import Dataset, load_dataset
+from pipeline.plan_agreement import agree_plan
+from pipeline.stages import Stages
+from pipeline.weights import check_weights, load_weights
+
+
+@dataclass(slots=True, kw_only=True)
+class Engine:
+    """A model over its ranks, ready to train or to score."""
+
+    config: RunConfig
+    dataset: Dataset
+    comm: Comm
+    device: Device
+    threads: int
+    plan: Plan
+    model: DenseModel
+    topology: Topology
+    embedding: HybridEmbedding
+    optimizer: DenseOptimizer
+    stages: Stages
+
+    def describe_model(self) -> dict[str, Any]:
+        """What a checkpoint has to match, as JSON values."""
+        model = self.config.model
+        return {
+            "tables": {table.name: [table.rows, model.embedding_dim] for table in self.dataset.tables},
+            "num_dense": self.dataset.num_dense,
+            "bottom_mlp": list(model.bottom_mlp) if self.dataset.num_dense else [],
+            "top_mlp": list(model.top_mlp),
+            "precision": self.config.precision,
+            "optimizer": self.config.optimizer.kind,
+            "table_optimizer": self.config.table_optimizer.kind,
+        }
+
+    def tensors(self) -> dict[str, Any]:
+        """Every weight and optimiser state that this rank writes: the dense ones on rank 0, its tables everywhere."""
+        named: dict[str, Any] = {}
+        if self.comm.rank == 0:
+            named.update(self.model.parameters)
+            named.update({f"optimizer.{name}": state for name, state in self.optimizer.state.items()})
+        named.update(pieces_of_shards(self.embedding.shards(), self._table_shapes(), self.comm.rank))
+        return named
+
+    def load_weights(self, path: str | Path) -> None:
+        """Take the weights out of an .npz file.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape.
+        """
+        with load_weights(Path(path)) as weights:
+            check_weights(weights, self._weight_shapes())
+            for name, target in self.model.parameters.items():
+                target[...] = weights[name]
+            for shard in self.embedding.shards():
+                whole = weights[f"table.{shard.table}"]
+                shard.weight[...] = whole[_slice(shard.rows), _slice(shard.columns)]
+
+    def load_checkpoint(self, checkpoint: Checkpoint, *, states: bool) -> None:
+        """Take weights, and with ``states`` also the optimisers' state, out of a checkpoint.
+
+        Raises:
+            CheckpointError: it is of another model, damaged or incomplete.
+        """
+        if states:
+            if "model" not in checkpoint.meta:
+                raise CheckpointError(
+                    f"checkpoint {checkpoint.path}: holds weights only, so training cannot resume from it; "
+                    "export it and start from the weights with --init"
+                )
+            check_compatible(checkpoint.meta["model"], self.describe_model())
+        dense = dict(self.model.parameters)
+        if states:
+            dense |= {f"optimizer.{name}": state for name, state in self.optimizer.state.items()}
+        for name, target in dense.items():
+            _read(checkpoint, name, target)
+        read_shards(checkpoint, self.embedding.shards(), self._table_shapes(), states=states)
+
+    def _table_shapes(self) -> dict[str, tuple[int, int]]:
+        return {spec.name: (spec.rows, spec.dim) for spec in self.plan.specs}
+
+    def _weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        dense = {name: weight.shape for name, weight in self.model.parameters.items()}
+        return dense | {f"table.{name}": shape for name, shape in self._table_shapes().items()}
+
+
+def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved_plan: Mapping[str, Any] | None = None) -> Engine:
+    """Join the parts for one run.
+
+    Args:
+        config: of the run.
+        comm: all ranks.
+        threads: of each rank.
+        saved_plan: plan of the checkpoint to go on from (``Plan.to_values``).
+
+    Raises:
+        ConfigError: the config does not fit the ranks or the data.
+        DataError: the data set is missing or damaged.
+    """
+    dataset = load_dataset(config.data.path)
+    if config.data.batch_size < comm.size:
+        raise ConfigError(
+            f"data.batch_size: {config.data.batch_size} rows are fewer than the {comm.size} ranks; "
+            "raise it or start fewer ranks"
+        )
+    if config.data.verify and comm.rank == 0:
+        dataset.verify()
+    device = HostDevice(threads)
+    dtype = np.float64 if config.precision == "fp64" else np.float32
+    model = DenseModel(
+        model=config.model,
+        num_dense=dataset.num_dense,
+        num_tables=len(dataset.tables),
+        dtype=dtype,
+        device=device,
+        seed=config.seed,
+    )
+    topology = discover(comm)
+    plan = agree_plan(config, dataset, comm=comm, topology=topology, device=device, saved=saved_plan)
+    embedding = HybridEmbedding(
+        specs=plan.specs,
+        plan=plan,
+        comm=comm,
+        device=device,
+        optimizer=config.table_optimizer,
+        dtype=dtype,
+        seed=config.seed,
+        first=model.first,
+        exchange_precision=config.embedding.exchange_precision,
+        all_to_all=Hierarchical(comm, topology) if plan.all_to_all == "hierarchical" else Flat(comm),
+    )
+    optimizer = DenseOptimizer(config.optimizer, model.flat_parameters.size, dtype, device)
+    stages = Stages(
+        model=model,
+        embedding=embedding,
+        comm=comm,
+        device=device,
+        optimizer=optimizer,
+        dense_lr=config.optimizer.lr,
+        table_lr=config.table_optimizer.lr,
+        rates=config.learning_rate,
+    )
+    return Engine(
+        config=config,
+        dataset=dataset,
+        comm=comm,
+        device=device,
+        threads=threads,
+        plan=plan,
+        model=model,
+        topology=topology,
+        embedding=embedding,
+        optimizer=optimizer,
+        stages=stages,
+    )
+
+
+def _read(checkpoint: Checkpoint, name: str, target: Any) -> None:
+    entry = checkpoint.entry(name)
+    if entry.shape != target.shape:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path}: {name} has shape {list(entry.shape)}, but the model needs "
+            f"{list(target.shape)}; use a checkpoint of this model"
+        )
+    if target.dtype == np.dtype(entry.dtype):
+        checkpoint.read(name, out=target)
+    else:  # weights of another precision
+        target[...] = checkpoint.read(name)
+
+
+def _slice(numbers: range) -> slice:
+    return slice(numbers.start, numbers.stop, numbers.step)

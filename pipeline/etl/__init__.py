@@ -1,0 +1,1 @@
+"""Preparation of raw data into a prepared data set."""

@@ -1,0 +1,73 @@
+"""Everything that belongs to one batch in flight; stages keep only weights.
+
+Shapes: B rows of this rank's share (at most the capacity), N dense columns, T tables, D embedding dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dlrm.device import Device
+from dlrm.model import DenseModel, DenseWorkspace
+from embedding.hybrid import HybridBuffers, HybridEmbedding
+from embedding.jagged import Jagged
+from pipeline.loader import LoadedBatch
+
+
+@dataclass(slots=True, kw_only=True)
+class Flight:
+    """Typed fields of one batch, their buffers allocated once for ``capacity`` rows.
+
+    Attributes:
+        batch: what the loader read, until ``upload`` has taken it.
+        step: number of the step, from 1.
+        epoch: number of the pass over the data, from 0.
+        rows: B, this rank's valid rows; may be 0.
+        global_rows: rows of the whole batch over all ranks, which the loss divides by.
+        labels: [capacity] 0 or 1, in the model's dtype.
+        dense: [capacity, N] in the model's dtype.
+        keys: this rank's keys of all tables.
+        workspace: activations of the dense part; ``workspace.vectors`` [capacity, 1 + T, D] is where the lanes meet.
+        embedding: keys, vectors and gradients on their way between ranks.
+        loss: this rank's part of the mean loss over the global batch.
+    """
+
+    batch: LoadedBatch | None = None
+    step: int = 0
+    epoch: int = 0
+    rows: int = 0
+    global_rows: int = 0
+    labels: Any
+    dense: Any
+    keys: Jagged | None = None
+    workspace: DenseWorkspace
+    embedding: HybridBuffers
+    loss: float = 0.0
+
+    @classmethod
+    def allocate(
+        cls,
+        capacity: int,
+        *,
+        model: DenseModel,
+        embedding: HybridEmbedding,
+        device: Device,
+        training: bool,
+    ) -> Flight:
+        """A Flight for batches of up to ``capacity`` rows on this rank."""
+        workspace = model.workspace(capacity, training=training)
+        return cls(
+            labels=device.empty((capacity,), model.dtype),
+            dense=device.empty((capacity, model.num_dense), model.dtype),
+            workspace=workspace,
+            embedding=embedding.buffers(capacity, workspace.vectors, workspace.grad_vectors),
+        )
+
+    def accept(self, batch: LoadedBatch) -> None:
+        """Take the next batch; whatever the last one left is overwritten stage by stage."""
+        self.batch = batch
+        self.step = batch.step
+        self.epoch = batch.epoch
+        self.rows = batch.host.num_rows
+        self.global_rows = batch.global_rows

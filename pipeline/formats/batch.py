@@ -1,0 +1,89 @@
+"""What every reader hands over, and the files that readers map.
+
+Shapes: B rows, N dense columns.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlrm.errors import DataError
+from embedding.jagged import Jagged
+
+
+@dataclass(slots=True)
+class HostBatch:
+    """Rows of a split in host memory.
+
+    Attributes:
+        labels: [B] float32, 0 or 1.
+        dense: [B, N] float32, transformed; finite.
+        keys: the categorical features, table-major.
+        num_rows: B; may be 0.
+    """
+
+    labels: NDArray[np.float32]
+    dense: NDArray[np.float32]
+    keys: Jagged
+    num_rows: int
+
+
+class MappedFile:
+    """A file mapped read-only into memory; pages are read from disk as they are touched.
+
+    Attributes:
+        path: the file.
+        data: its whole content, uint8, read-only.
+    """
+
+    def __init__(self, path: Path, num_bytes: int) -> None:
+        """Map a file.
+
+        Args:
+            path: file.
+            num_bytes: bytes that the manifest lists.
+
+        Raises:
+            DataError: it is missing, unreadable, truncated or oversized.
+        """
+        self.path = path
+        self._map: mmap.mmap | None = None
+        try:
+            with path.open("rb") as file:
+                found = path.stat().st_size
+                if found != num_bytes:
+                    raise DataError(size_fault(path, found, num_bytes))
+                if num_bytes:  # an empty file cannot be mapped
+                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise DataError(
+                f"{path}: {error.strerror or error}; restore the file or prepare the data set again"
+            ) from None
+        self.data: NDArray[np.uint8] = np.frombuffer(self._map or b"", dtype=np.uint8)
+
+    def view(self, dtype: Any) -> NDArray[Any]:
+        """The content as values of ``dtype``, little-endian as the machines that this runs on."""
+        values: NDArray[Any] = self.data.view(dtype)
+        return values
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Ask the system to read bytes ``start .. stop`` ahead, sequentially, into its page cache."""
+        if self._map is None or stop <= start or not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        start -= start % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, start, stop - start)
+
+
+def size_fault(path: Path, found: int, expected: int) -> str:
+    """The sentence about a file that is not as long as its manifest says."""
+    kind = "truncated" if found < expected else "oversized"
+    return (
+        f"{path}: {kind}, {found} bytes where the manifest needs {expected}; copy the file again or "
+        "prepare the data set again"
+    )

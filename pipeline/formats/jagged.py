@@ -1,0 +1,110 @@
+"""Jagged: offsets and keys of each table in files of their own; docs/formats.md specifies it byte by byte.
+
+Shapes: R rows of a split, B rows of a batch, T tables, K keys.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlrm.errors import DataError
+from embedding.jagged import Jagged
+from pipeline.formats import jagged_numba
+from pipeline.formats.batch import HostBatch, MappedFile
+from pipeline.formats.raw import RowFiles, Rows
+from pipeline.manifest import Manifest, SplitInfo, TableInfo
+
+
+class _TableFiles:
+    """Offsets, keys and weights of one table."""
+
+    def __init__(self, directory: Path, manifest: Manifest, split: SplitInfo, table: TableInfo) -> None:
+        files = {
+            file.part: MappedFile(directory / file.path, file.bytes) for file in split.files if file.table == table.name
+        }
+        self.table = table
+        self.path = files["keys"].path
+        self.bounds_path = files["offsets"].path
+        self.bounds: Rows = files["offsets"].view(np.int64)
+        itemsize = np.dtype(manifest.key_dtype).itemsize
+        if files["keys"].data.size != int(self.bounds[-1]) * itemsize:
+            raise DataError(
+                f"{self.path}: {files['keys'].data.size} bytes, but the last offset of {self.bounds_path} asks "
+                f"for {int(self.bounds[-1])} keys of {itemsize} bytes; prepare the data set again"
+            )
+        self.keys: NDArray[Any] = files["keys"].view(manifest.key_dtype)
+        self.weights: NDArray[Any] | None = None
+        if manifest.weighted:
+            if files["weights"].data.size != 4 * self.keys.size:
+                raise DataError(
+                    f"{files['weights'].path}: {files['weights'].data.size} bytes, but {self.keys.size} keys need "
+                    f"{4 * self.keys.size}; prepare the data set again"
+                )
+            self.weights = files["weights"].view(np.float32)
+
+    def count(self, rows: Rows, counts: Rows) -> None:
+        b = jagged_numba.count_bags(self.bounds, rows, self.keys.size, counts)
+        if b >= 0:
+            row = int(rows[b])
+            raise DataError(
+                f"{self.bounds_path}: row {row}: offsets {int(self.bounds[row])} and {int(self.bounds[row + 1])} "
+                f"are not a bag inside {self.keys.size} keys; prepare the data set again"
+            )
+
+    def copy(self, rows: Rows, starts: Rows, keys: NDArray[Any], weights: NDArray[np.float32] | None) -> None:
+        b, place = jagged_numba.copy_bags(self.bounds, self.keys, rows, self.table.rows, starts, keys)
+        if b >= 0:
+            raise DataError(
+                f"{self.path}: row {rows[b]}: key {self.keys[place]} of table {self.table.name!r} lies outside "
+                f"its rows 0 .. {self.table.rows - 1}; correct the row or the table's rows in dataset.json"
+            )
+        if weights is not None:
+            b, _ = jagged_numba.copy_weights(self.bounds, self.weights, rows, starts, weights)
+            if b >= 0:
+                raise DataError(
+                    f"{self.path}: row {rows[b]}: a weight of table {self.table.name!r} is not finite; correct the row"
+                )
+
+
+class JaggedReader:
+    """Reads batches of a split in the jagged layout."""
+
+    def __init__(self, directory: Path, manifest: Manifest, split: SplitInfo) -> None:
+        """Map the files.
+
+        Raises:
+            DataError: a file is missing, truncated or oversized, or offsets and keys do not fit each other.
+        """
+        self._manifest = manifest
+        self._files = RowFiles(directory, manifest, split)
+        self._tables = [_TableFiles(directory, manifest, split, table) for table in manifest.tables]
+
+    def read(self, rows: Rows) -> HostBatch:
+        """Gather rows.
+
+        Args:
+            rows: [B] row numbers of the split, in any order.
+
+        Raises:
+            DataError: a label, dense value, key, weight or offset is out of range.
+        """
+        labels, dense = self._files.read_head(rows)
+        num_tables, num_rows = len(self._tables), rows.size
+        counts = np.zeros((num_tables, num_rows), np.int64)
+        for table, part in zip(self._tables, counts, strict=True):
+            table.count(rows, part)
+        offsets = np.zeros(counts.size + 1, np.int64)
+        np.cumsum(counts.reshape(-1), out=offsets[1:])
+        keys = np.empty(offsets[-1], self._manifest.key_dtype)
+        weights = np.empty(offsets[-1], np.float32) if self._manifest.weighted else None
+        for table, starts in zip(self._tables, offsets[:-1].reshape(num_tables, num_rows), strict=True):
+            table.copy(rows, starts, keys, weights)
+        return HostBatch(labels, dense, Jagged(keys, offsets, weights, num_tables, num_rows), num_rows)
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Have labels and dense columns of rows ``start .. stop`` read ahead into the page cache."""
+        self._files.will_need(start, stop)

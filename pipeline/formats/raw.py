@@ -1,0 +1,239 @@
+"""Raw: rows of 32-bit words, one after the other; docs/formats.md specifies it byte by byte.
+
+Shapes: R rows of a file, V words a row, B rows of a batch, N dense columns, T tables, H key columns, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlrm.errors import DataError
+from embedding.jagged import Jagged
+from pipeline.formats import raw_numba
+from pipeline.formats.batch import HostBatch, MappedFile
+from pipeline.manifest import Manifest, SplitInfo, row_words
+
+Rows = NDArray[np.int64]
+
+
+class RowFiles:
+    """The ``rows`` files of a split, in order: labels and dense columns of any of its rows.
+
+    Raises:
+        DataError: a file is missing, truncated or oversized.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, split: SplitInfo) -> None:
+        """Map the files; relative paths start at ``directory``."""
+        self._manifest = manifest
+        self._row_bytes = 4 * row_words(manifest)
+        infos = [file for file in split.files if file.part == "rows"]
+        self._files = [MappedFile(directory / file.path, file.bytes) for file in infos]
+        self._starts: Rows = np.cumsum([0, *(file.rows for file in infos)], dtype=np.int64)
+        self._words = [
+            file.view(np.int32).reshape(info.rows, -1 if info.rows else row_words(manifest))
+            for file, info in zip(self._files, infos, strict=True)
+        ]
+
+    def pieces(self, rows: Rows) -> Iterator[tuple[NDArray[np.int32], Rows, Rows]]:
+        """For each file that ``rows`` touch: its words [R, V], the rows inside it, their rows of the batch."""
+        if len(self._words) == 1:
+            if rows.size:
+                yield self._words[0], rows, np.arange(rows.size)
+            return
+        files = np.searchsorted(self._starts, rows, side="right") - 1
+        for index in np.unique(files):
+            places = np.flatnonzero(files == index)
+            yield self._words[index], rows[places] - self._starts[index], places
+
+    def read_head(self, rows: Rows) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Labels [B] and dense columns [B, N], float32.
+
+        Raises:
+            DataError: a label is neither 0 nor 1, or a dense value is not finite.
+        """
+        dense = self._manifest.dense
+        labels = np.empty(rows.size, np.float32)
+        values = np.empty((rows.size, len(dense.names)), np.float32)
+        for words, inside, places in self.pieces(rows):
+            floats = words.view(np.float32)
+            b, column = raw_numba.gather_head(
+                words, floats, inside, places, dense.transform == "log1p_at_read", labels, values
+            )
+            if b >= 0:
+                path, row = self.locate(rows[b])
+                stored = self.words_of(rows[b])
+                if column == 0:
+                    raise DataError(f"{path}: row {row}: label {stored[0]} is neither 0 nor 1; correct the row")
+                raise DataError(
+                    f"{path}: row {row}: dense column {dense.names[column - 1]!r} is "
+                    f"{stored.view(np.float32)[column]}; it must be finite, so fill or clip it in preparation"
+                )
+        return labels, values
+
+    def locate(self, row: int | np.int64) -> tuple[Path, int]:
+        """File of a row of the split, and the row inside it (from 0)."""
+        index = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._files[index].path, int(row - self._starts[index])
+
+    def words_of(self, row: int | np.int64) -> NDArray[np.int32]:
+        """The words [V] of one row."""
+        index = int(np.searchsorted(self._starts, row, side="right")) - 1
+        words: NDArray[np.int32] = self._words[index][int(row - self._starts[index])]
+        return words
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Have rows ``start .. stop`` of the split read ahead into the page cache."""
+        for file, first, last in zip(self._files, self._starts[:-1], self._starts[1:], strict=True):
+            low, high = max(start, int(first)) - int(first), min(stop, int(last)) - int(first)
+            file.will_need(low * self._row_bytes, high * self._row_bytes)
+
+
+class RawReader:
+    """Reads batches of a split in the Raw layout."""
+
+    def __init__(self, directory: Path, manifest: Manifest, split: SplitInfo) -> None:
+        """Map the files.
+
+        Raises:
+            DataError: a file is missing, truncated or oversized.
+        """
+        self._manifest = manifest
+        self._files = RowFiles(directory, manifest, split)
+        self._wide = manifest.key_dtype == "int64"
+        self._first = 1 + len(manifest.dense.names)
+        hotness = [table.hotness for table in manifest.tables]
+        self._columns: Rows = np.cumsum([0, *hotness], dtype=np.int64)
+        self._table_rows: Rows = np.array([table.rows for table in manifest.tables], np.int64)
+        # Decided by the manifest alone, so that every rank hands over the same form.
+        self._one_hot = all(count == 1 for count in hotness) and not manifest.missing_keys
+
+    def read(self, rows: Rows) -> HostBatch:
+        """Gather rows.
+
+        Args:
+            rows: [B] row numbers of the split, in any order.
+
+        Raises:
+            DataError: a label, dense value, key or weight is out of range.
+        """
+        labels, dense = self._files.read_head(rows)
+        return HostBatch(labels, dense, self._read_keys(rows), rows.size)
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Have rows ``start .. stop`` read ahead into the page cache."""
+        self._files.will_need(start, stop)
+
+    def _read_keys(self, rows: Rows) -> Jagged:
+        num_tables, num_rows = self._table_rows.size, rows.size
+        pieces = list(self._files.pieces(rows))
+        if self._one_hot:
+            keys = np.empty((num_tables, num_rows), self._manifest.key_dtype)
+            for words, inside, places in pieces:
+                b, column = raw_numba.gather_one_hot(
+                    words, inside, places, self._first, self._wide, self._table_rows, keys
+                )
+                self._check_key(rows, b, column)
+            starts = np.arange(num_tables * num_rows).reshape(num_tables, num_rows)
+            weights = self._read_weights(rows, pieces, starts, keys.size)
+            return Jagged(keys.reshape(-1), None, weights, num_tables, num_rows)
+        counts = np.zeros((num_tables, num_rows), np.int64)
+        for words, inside, places in pieces:
+            b, column = raw_numba.count_keys(
+                words,
+                inside,
+                places,
+                self._first,
+                self._wide,
+                self._columns,
+                self._table_rows,
+                self._manifest.missing_keys,
+                counts,
+            )
+            self._check_key(rows, b, column)
+        offsets = np.zeros(counts.size + 1, np.int64)
+        np.cumsum(counts.reshape(-1), out=offsets[1:])
+        starts = offsets[:-1].reshape(num_tables, num_rows)
+        keys = np.empty(offsets[-1], self._manifest.key_dtype)
+        for words, inside, places in pieces:
+            raw_numba.fill_keys(words, inside, places, self._first, self._wide, self._columns, starts, keys)
+        return Jagged(keys, offsets, self._read_weights(rows, pieces, starts, keys.size), num_tables, num_rows)
+
+    def _read_weights(
+        self, rows: Rows, pieces: Sequence[tuple[Any, Any, Any]], starts: Rows, num_keys: int
+    ) -> NDArray[np.float32] | None:
+        if not self._manifest.weighted:
+            return None
+        weights = np.empty(num_keys, np.float32)
+        for words, inside, places in pieces:
+            b, column = raw_numba.fill_weights(
+                words,
+                words.view(np.float32),
+                inside,
+                places,
+                self._first,
+                self._wide,
+                self._columns,
+                starts,
+                weights,
+            )
+            if b >= 0:
+                path, row = self._files.locate(rows[b])
+                raise DataError(
+                    f"{path}: row {row}: a weight of table {self._table(column).name!r} is not finite; correct the row"
+                )
+        return weights
+
+    def _table(self, column: int) -> Any:
+        return self._manifest.tables[int(np.searchsorted(self._columns, column, side="right")) - 1]
+
+    def _check_key(self, rows: Rows, b: int, column: int) -> None:
+        if b < 0:
+            return
+        path, row = self._files.locate(rows[b])
+        table = self._table(column)
+        words = self._files.words_of(rows[b])[self._first :]
+        key = int(words[2 * column : 2 * column + 2].view(np.int64)[0]) if self._wide else int(words[column])
+        if key == -1:
+            raise DataError(
+                f"{path}: row {row}: table {table.name!r} has no key (-1), but the data set says that no key is "
+                "missing; set missing_keys to true in dataset.json"
+            )
+        raise DataError(
+            f"{path}: row {row}: key {key} of table {table.name!r} lies outside its rows 0 .. {table.rows - 1}; "
+            "correct the row or the table's rows in dataset.json"
+        )
+
+
+def encode_rows(
+    manifest_words: int,
+    labels: NDArray[Any],
+    dense: NDArray[Any],
+    keys: NDArray[Any] | None = None,
+    weights: NDArray[np.float32] | None = None,
+) -> NDArray[np.int32]:
+    """Put columns together to rows [B, V] of words.
+
+    Args:
+        manifest_words: V, from ``row_words``.
+        labels: [B], 0 or 1.
+        dense: [B, N] float32 or int32.
+        keys: [B, H] int32 or int64, -1 = no key; ``None`` for the rows file of a jagged split.
+        weights: [B, H] float32.
+    """
+    num_rows = labels.shape[0]
+    words = np.empty((num_rows, manifest_words), np.int32)
+    words[:, 0] = labels
+    word = 1
+    for block in (dense, keys, weights):
+        if block is not None and block.shape[1]:
+            part = np.ascontiguousarray(block).view(np.int32)
+            words[:, word : word + part.shape[1]] = part
+            word += part.shape[1]
+    assert word == manifest_words
+    return words

@@ -1,0 +1,199 @@
+"""Compiled gathers from mapped rows into the arrays of a batch.
+
+Shapes: R rows of a file, V 32-bit words a row, B rows of the batch, T tables, H key columns of all tables, K
+keys. ``rows`` [B] are rows of the file and ``places`` [B] their rows of the batch, so that a batch may come
+from several files. Nothing here runs in parallel: several reader threads do, next to the engine's own, and the
+interpreter's lock is free (nogil). 64-bit keys are put together from two words, as a row need not be aligned.
+
+Every function that checks returns the first fault as (row of the batch or -1, column or table).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+
+@njit(nogil=True, cache=True)
+def gather_head(
+    words: Any, floats: Any, rows: Any, places: Any, log1p: bool, labels: Any, dense: Any
+) -> tuple[int, int]:
+    """Labels and dense columns; a fault in column 0 is the label, in column 1 + n dense column n.
+
+    Args:
+        words: [R, V] int32, the file.
+        floats: [R, V] float32, the same bytes.
+        rows: [B] int64.
+        places: [B] int64.
+        log1p: dense columns are int32 and become log(1 + max(x, 0)).
+        labels: [B] float32, written.
+        dense: [B, N] float32, written.
+    """
+    num_dense = dense.shape[1]
+    for i in range(rows.size):
+        row, b = rows[i], places[i]
+        label = words[row, 0]
+        if label != 0 and label != 1:
+            return b, 0
+        labels[b] = label
+        for n in range(num_dense):
+            if log1p:
+                dense[b, n] = math.log1p(max(words[row, 1 + n], 0))
+            else:
+                value = floats[row, 1 + n]
+                if not math.isfinite(value):
+                    return b, 1 + n
+                dense[b, n] = value
+    return -1, 0
+
+
+@njit(nogil=True, inline="always")
+def _key(words: Any, row: int, word: int, wide: bool) -> Any:
+    if wide:
+        low = np.int64(words[row, word]) & np.int64(0xFFFFFFFF)
+        return (np.int64(words[row, word + 1]) << np.int64(32)) | low
+    return np.int64(words[row, word])
+
+
+@njit(nogil=True, cache=True)
+def gather_one_hot(
+    words: Any, rows: Any, places: Any, first: int, wide: bool, table_rows: Any, keys: Any
+) -> tuple[int, int]:
+    """Keys of rows that hold exactly one per table.
+
+    Args:
+        words: [R, V] int32, the file.
+        rows: [B] int64.
+        places: [B] int64.
+        first: word of the first key.
+        wide: keys are int64.
+        table_rows: [T] int64.
+        keys: [T, B] int32 or int64, written.
+    """
+    step = 2 if wide else 1
+    for i in range(rows.size):
+        row, b = rows[i], places[i]
+        for t in range(table_rows.size):
+            key = _key(words, row, first + t * step, wide)
+            if key < 0 or key >= table_rows[t]:
+                return b, t
+            keys[t, b] = key
+    return -1, 0
+
+
+@njit(nogil=True, cache=True)
+def count_keys(
+    words: Any,
+    rows: Any,
+    places: Any,
+    first: int,
+    wide: bool,
+    columns: Any,
+    table_rows: Any,
+    missing_keys: bool,
+    counts: Any,
+) -> tuple[int, int]:
+    """Check keys and count those of each bag that are there.
+
+    Args:
+        words: [R, V] int32, the file.
+        rows: [B] int64.
+        places: [B] int64.
+        first: word of the first key.
+        wide: keys are int64.
+        columns: [T + 1] int64, the first key column of each table; the last entry is H.
+        table_rows: [T] int64.
+        missing_keys: -1 may stand in a table of one key column.
+        counts: [T, B] int64, written.
+
+    Returns:
+        The first fault, its second part the key column (0 .. H - 1).
+    """
+    step = 2 if wide else 1
+    for i in range(rows.size):
+        row, b = rows[i], places[i]
+        for t in range(table_rows.size):
+            present = 0
+            least = -1 if missing_keys or columns[t + 1] - columns[t] > 1 else 0
+            for h in range(columns[t], columns[t + 1]):
+                key = _key(words, row, first + h * step, wide)
+                if key < least or key >= table_rows[t]:
+                    return b, h
+                present += key >= 0
+            counts[t, b] = present
+    return -1, 0
+
+
+@njit(nogil=True, cache=True)
+def fill_keys(
+    words: Any, rows: Any, places: Any, first: int, wide: bool, columns: Any, offsets: Any, keys: Any
+) -> None:
+    """Copy the keys that are there to their bags, in column order; ``offsets`` [T, B] is each bag's first key."""
+    step = 2 if wide else 1
+    for i in range(rows.size):
+        row, b = rows[i], places[i]
+        for t in range(columns.size - 1):
+            k = offsets[t, b]
+            for h in range(columns[t], columns[t + 1]):
+                key = _key(words, row, first + h * step, wide)
+                if key >= 0:
+                    keys[k] = key
+                    k += 1
+
+
+@njit(nogil=True, cache=True)
+def fill_weights(
+    words: Any, floats: Any, rows: Any, places: Any, first: int, wide: bool, columns: Any, offsets: Any, out: Any
+) -> tuple[int, int]:
+    """Copy the weights of the keys that are there; they follow the H keys of a row.
+
+    Args:
+        words: [R, V] int32, the file.
+        floats: [R, V] float32, the same bytes.
+        rows: [B] int64.
+        places: [B] int64.
+        first: word of the first key.
+        wide: keys are int64.
+        columns: [T + 1] int64, the first key column of each table.
+        offsets: [T, B] int64, each bag's first key.
+        out: [K] float32, written.
+
+    Returns:
+        The first weight that is not finite, its second part the key column.
+    """
+    step = 2 if wide else 1
+    first_weight = first + columns[-1] * step
+    for i in range(rows.size):
+        row, b = rows[i], places[i]
+        for t in range(columns.size - 1):
+            k = offsets[t, b]
+            for h in range(columns[t], columns[t + 1]):
+                if _key(words, row, first + h * step, wide) >= 0:
+                    weight = floats[row, first_weight + h]
+                    if not math.isfinite(weight):
+                        return b, h
+                    out[k] = weight
+                    k += 1
+    return -1, 0
+
+
+@njit(nogil=True, cache=True)
+def key_range(words: Any, first: int, wide: bool, smallest: Any, largest: Any) -> None:
+    """Smallest and largest key of each key column.
+
+    Args:
+        words: [B, V] int32.
+        first: word of the first key.
+        wide: keys are int64.
+        smallest: [H] int64, lowered.
+        largest: [H] int64, raised.
+    """
+    step = 2 if wide else 1
+    for b in range(words.shape[0]):
+        for h in range(smallest.size):
+            key = _key(words, b, first + h * step, wide)
+            smallest[h] = min(smallest[h], key)
+            largest[h] = max(largest[h], key)

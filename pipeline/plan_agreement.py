@@ -1,0 +1,110 @@
+"""One plan for all ranks of a run: measured, counted and chosen once, the same everywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlrm.config import RunConfig
+from dlrm.device import Device
+from dlrm.errors import ConfigError
+from embedding.comm import Comm, broadcast_bytes
+from embedding.links import DEFAULT, LinkRates, probe, rates_from_values
+from embedding.plan import Plan, plan_from_values, plan_on_first_rank
+from embedding.topology import Topology
+from pipeline.dataset import Dataset
+from pipeline.planning import calibrate, forced_placements, memory_limit_bytes, plan_tables, table_specs
+
+LINKS_NAME = "links.json"
+
+
+def agree_plan(
+    config: RunConfig,
+    dataset: Dataset,
+    *,
+    comm: Comm,
+    topology: Topology,
+    device: Device,
+    saved: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The plan of a run (collective).
+
+    A resumed run keeps the plan of its checkpoint where ranks, nodes and tables are the same, so that it goes on bit
+    for bit. Otherwise rank 0 counts the first batches and decides, by link rates that are measured where they are
+    not yet known in the run's folder. Measured rates differ from run to run, and with them plans and the order of
+    sums: with ``deterministic`` nothing is measured, and rates that are supposed of any machine decide.
+
+    Args:
+        config: of the run.
+        dataset: of the run.
+        comm: all ranks.
+        topology: their nodes.
+        device: that the look-ups run on.
+        saved: ``Plan.to_values`` of the checkpoint to go on from.
+
+    Raises:
+        ConfigError: something forced cannot be, or no plan fits the memory.
+    """
+    specs = tuple(table_specs(config, dataset.tables))
+    if saved is not None:
+        plan = plan_from_values(saved)
+        if (plan.ranks, plan.nodes, plan.specs) == (comm.size, topology.num_nodes, specs):
+            return plan
+    if comm.size == 1:
+        return plan_tables(config, dataset.tables, ranks=1)
+    limit = np.array([memory_limit_bytes(config, topology.local_size)], np.int64)
+    comm.all_reduce(limit, "min").wait()
+    weighed = _is_weighed(config, dataset)
+    links = _link_rates(config, comm, topology, device) if weighed else DEFAULT
+
+    def make() -> Plan:
+        return plan_tables(
+            config,
+            dataset.tables,
+            ranks=comm.size,
+            nodes=topology.num_nodes,
+            calibration=calibrate(config, dataset) if weighed else None,
+            links=links,
+            memory_limit=int(limit[0]),
+        )
+
+    return plan_on_first_rank(comm, make)
+
+
+def _is_weighed(config: RunConfig, dataset: Dataset) -> bool:
+    """Whether anything is left to weigh: not where every placement and exchange is forced."""
+    forced = forced_placements(config, dataset.tables)
+    embedding = config.embedding
+    return (
+        len(forced) < len(dataset.tables)
+        or any(choice.kind == "hybrid" and choice.threshold is None for choice in forced.values())
+        or "auto" in {embedding.deduplicate, embedding.all_to_all}
+    )
+
+
+def _link_rates(config: RunConfig, comm: Comm, topology: Topology, device: Device) -> LinkRates:
+    """The rates in the run's folder where they are of as many ranks and nodes, else measured and left there."""
+    if config.deterministic:
+        return DEFAULT
+    path = Path(config.run.directory) / LINKS_NAME
+    shape = {"ranks": comm.size, "nodes": topology.num_nodes}
+    text = b""
+    if comm.rank == 0 and path.is_file():
+        text = path.read_bytes()
+    text = broadcast_bytes(comm, text)
+    if text:
+        try:
+            values = json.loads(text)
+            if {name: values.pop(name, None) for name in shape} == shape:
+                return rates_from_values(values)
+        except (ValueError, ConfigError):
+            pass  # a torn file is measured again
+    links = probe(comm, topology, device)
+    if comm.rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**links.to_values(), **shape}, indent=1) + "\n", encoding="utf-8")
+    return links

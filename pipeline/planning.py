@@ -1,0 +1,260 @@
+"""From a config and its data to a plan: what is forced, what is counted, what is supposed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import psutil
+
+from dlrm.config import RunConfig
+from dlrm.errors import ConfigError
+from embedding.frequency import Frequency, RowCounts
+from embedding.links import DEFAULT, LinkRates
+from embedding.plan import Forced, Plan, TableSpec, make_plan
+from pipeline.dataset import Dataset
+from pipeline.loader import Loader
+from pipeline.manifest import TableInfo
+
+_MEMORY_FOR_TABLES = 0.8
+"""Of the memory that is free: batches, gradients and the page cache need some."""
+EXCHANGE_BYTES: Mapping[str, int | None] = {"fp32": None, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What counting some batches tells about the tables.
+
+    Attributes:
+        frequencies: of rows, by table.
+        hotness: mean keys of a bag, by table.
+        jagged: bags have different lengths.
+        weighted: keys have weights.
+        key_itemsize: bytes of a key.
+        counts: the counters; ``None`` where nothing was counted.
+    """
+
+    frequencies: Mapping[str, Frequency] = field(default_factory=dict)
+    hotness: Mapping[str, float] = field(default_factory=dict)
+    jagged: bool = False
+    weighted: bool = False
+    key_itemsize: int = 4
+    counts: RowCounts | None = None
+
+
+def calibrate(config: RunConfig, dataset: Dataset) -> Calibration:
+    """Count the first ``embedding.calibration_batches`` batches of the first epoch, or all it has.
+
+    Raises:
+        DataError: a row of them is wrong.
+    """
+    counts = RowCounts([table.rows for table in dataset.tables])
+    jagged = False
+    with Loader(
+        dataset.split("train"),
+        batch_size=config.data.batch_size,
+        rank=0,
+        ranks=1,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        window=config.data.shuffle_window,
+        drop_last=False,
+        prefetch=2,
+        stop_step=config.embedding.calibration_batches,
+        epochs=1,
+    ) as batches:
+        for batch in batches:
+            counts.add(batch.host.keys)
+            jagged = jagged or batch.host.keys.offsets is not None
+    names = [table.name for table in dataset.tables]
+    return Calibration(
+        frequencies={name: counts.frequency(table) for table, name in enumerate(names)},
+        hotness={name: counts.mean_hotness(table) for table, name in enumerate(names)},
+        jagged=jagged,
+        weighted=dataset.weighted,
+        key_itemsize=np.dtype(dataset.key_dtype).itemsize,
+        counts=counts,
+    )
+
+
+def supposed(tables: Sequence[TableInfo], exponent: float, key_itemsize: int = 4) -> Calibration:
+    """A power law for every table, where there is no data to count."""
+    return Calibration(
+        frequencies={table.name: Frequency.power_law(table.rows, exponent) for table in tables},
+        key_itemsize=key_itemsize,
+    )
+
+
+def table_specs(config: RunConfig, tables: Sequence[TableInfo]) -> list[TableSpec]:
+    """The tables as embeddings know them."""
+    return [
+        TableSpec(
+            name=table.name,
+            rows=table.rows,
+            dim=config.model.embedding_dim,
+            hotness=max(1, table.hotness),
+            pooling=config.pooling(table.name),
+        )
+        for table in tables
+    ]
+
+
+def forced_placements(config: RunConfig, tables: Sequence[TableInfo]) -> dict[str, Forced]:
+    """What the config says of each table; tables that it leaves to the plan are left out.
+
+    Raises:
+        ConfigError: it names a table that there is not.
+    """
+    known = {table.name for table in tables}
+    if unknown := sorted(set(config.embedding.tables) - known):
+        raise ConfigError(
+            f"embedding.tables.{unknown[0]}: the data has no such table; it has {', '.join(sorted(known))}"
+        )
+    everywhere = config.embedding.placement
+    forced = {}
+    for table in tables:
+        own = config.embedding.tables.get(table.name)
+        if own is not None and own.placement is not None:
+            forced[table.name] = Forced(kind=own.placement, threshold=own.threshold)
+        elif everywhere != "auto":
+            forced[table.name] = Forced(kind=everywhere)
+    return forced
+
+
+def memory_limit_bytes(config: RunConfig, local_ranks: int) -> int:
+    """What each rank may hold: the config's limit, else its part of most of what this machine has free.
+
+    Ranks of different machines have to agree on one (the least) before they plan.
+
+    Args:
+        config: of the run.
+        local_ranks: ranks on this machine.
+    """
+    if config.embedding.memory_limit_mib is not None:
+        return config.embedding.memory_limit_mib * 2**20
+    return int(psutil.virtual_memory().available * _MEMORY_FOR_TABLES) // local_ranks
+
+
+def plan_tables(
+    config: RunConfig,
+    tables: Sequence[TableInfo],
+    *,
+    ranks: int,
+    nodes: int = 1,
+    calibration: Calibration | None = None,
+    links: LinkRates = DEFAULT,
+    memory_limit: int | None = None,
+) -> Plan:
+    """The plan of a run.
+
+    Args:
+        config: of the run.
+        tables: of its data.
+        ranks: W.
+        nodes: contiguous ranks share one of so many.
+        calibration: what is known of the rows; ``None``: nothing.
+        links: rates.
+        memory_limit: bytes that a rank may hold; ``None``: the config's limit, or none.
+
+    Raises:
+        ConfigError: something forced cannot be, or no plan fits the memory.
+    """
+    known = calibration or Calibration()
+    embedding = config.embedding
+    itemsize = 8 if config.precision == "fp64" else 4
+    if memory_limit is None and embedding.memory_limit_mib is not None:
+        memory_limit = embedding.memory_limit_mib * 2**20
+    return make_plan(
+        table_specs(config, tables),
+        ranks,
+        nodes,
+        batch_size=config.data.batch_size,
+        optimizer=config.table_optimizer,
+        placements=forced_placements(config, tables),
+        frequencies=known.frequencies,
+        hotness=known.hotness,
+        itemsize=itemsize,
+        exchange_itemsize=EXCHANGE_BYTES[embedding.exchange_precision],
+        key_itemsize=known.key_itemsize,
+        jagged=known.jagged,
+        weighted=known.weighted,
+        links=links,
+        memory_limit_bytes=memory_limit,
+        deduplicate=embedding.deduplicate,
+        all_to_all=embedding.all_to_all,
+    )
+
+
+def simulate(
+    config: RunConfig,
+    tables: Sequence[TableInfo],
+    *,
+    num_dense: int,
+    calibration: Calibration,
+    links: LinkRates,
+    ranks_per_node: int,
+    flops: float,
+    ranks: Sequence[int],
+) -> list[dict[str, Any]]:
+    """Predicted step time of the same global batch on more and more ranks (``docs/plan.md`` has the formula).
+
+    Args:
+        config: of the run.
+        tables: of its data.
+        num_dense: dense columns.
+        calibration: what is known of the rows.
+        links: rates.
+        ranks_per_node: L.
+        flops: floating-point operations that a rank does in a second in the dense part.
+        ranks: numbers of ranks to look at.
+
+    Returns:
+        One row per number of ranks; times in milliseconds, bytes in MB a rank.
+
+    Raises:
+        ConfigError: as ``plan_tables``.
+    """
+    from embedding.cost import Shape  # with NumPy, as all of this file
+
+    rows = []
+    weights = dense_weights(config, num_dense, len(tables))
+    itemsize = 8 if config.precision == "fp64" else 4
+    for count in ranks:
+        nodes = -(-count // ranks_per_node)
+        plan = plan_tables(config, tables, ranks=count, nodes=nodes, calibration=calibration, links=links)
+        share = config.data.batch_size / count
+        # Forward one multiplication and one addition a weight and row, backward twice that.
+        compute = 6.0 * weights * share / flops
+        reduce = Shape(count, nodes).reduce_seconds(weights * itemsize, links) if count > 1 else 0.0
+        parts = dict(plan.seconds)
+        embedding = sum(parts.values())
+        step = embedding + compute + reduce
+        rows.append(
+            {
+                "ranks": count,
+                "nodes": nodes,
+                "rows_per_rank": share,
+                "all_to_all": plan.all_to_all,
+                **{f"{name}_ms": 1e3 * seconds for name, seconds in parts.items()},
+                "dense_ms": 1e3 * compute,
+                "dense_all_reduce_ms": 1e3 * reduce,
+                "step_ms": 1e3 * step,
+                "overlapped_ms": 1e3 * max(embedding, compute + reduce),
+                "samples_per_s": config.data.batch_size / step,
+                "across_mb_per_rank": sum(p.across_bytes for p in plan.predictions) / count / 1e6,
+                "memory_mb_per_rank": float(plan.memory().max()) / 1e6,
+            }
+        )
+    return rows
+
+
+def dense_weights(config: RunConfig, num_dense: int, num_tables: int) -> int:
+    """Weights and biases of both MLPs."""
+    places = num_tables + (num_dense > 0)
+    bottom = (num_dense, *config.model.bottom_mlp) if num_dense else ()
+    top_in = places * (places - 1) // 2 + (config.model.embedding_dim if num_dense else 0)
+    top = (top_in, *config.model.top_mlp)
+    return sum((size + 1) * out for sizes in (bottom, top) for size, out in itertools.pairwise(sizes))

@@ -1,0 +1,170 @@
+"""What each stage of a step does. A stage reads and writes the Flight it is handed and keeps only weights.
+
+The order, the streams and the overlap are not here but in ``pipeline.schedule``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import TypeVar
+
+from dlrm.config import LearningRateConfig
+from dlrm.device import Device
+from dlrm.learning_rate import learning_rate
+from dlrm.loss import bce_with_logits
+from dlrm.model import DenseModel
+from dlrm.optim import DenseOptimizer
+from embedding.comm import Comm
+from embedding.hybrid import HybridEmbedding
+from pipeline.flight import Flight
+
+
+class S(StrEnum):
+    """Names of the stages, as schedules and progress records spell them."""
+
+    upload = "upload"
+    input_dist = "input_dist"
+    lookup = "lookup"
+    output_dist = "output_dist"
+    bottom_forward = "bottom_forward"
+    top_forward = "top_forward"
+    loss = "loss"
+    top_backward = "top_backward"
+    grad_dist = "grad_dist"
+    bottom_backward = "bottom_backward"
+    reduce_dense = "reduce_dense"
+    sparse_update = "sparse_update"
+    dense_update = "dense_update"
+
+
+StageFunction = TypeVar("StageFunction", bound=Callable[..., None])
+
+FIELDS: dict[S, tuple[frozenset[str], frozenset[str]]] = {}
+"""Per stage the Flight fields that it reads and those that it writes; ``weights.*`` are the stages' own."""
+
+
+def uses(reads: str, writes: str) -> Callable[[StageFunction], StageFunction]:
+    """Declare the fields (blank-separated) that a stage reads and writes."""
+
+    def declare(function: StageFunction) -> StageFunction:
+        FIELDS[S(function.__name__)] = (frozenset(reads.split()), frozenset(writes.split()))
+        return function
+
+    return declare
+
+
+class Stages:
+    """The stages over one model: dense part, embedding tables and their optimisers."""
+
+    def __init__(
+        self,
+        *,
+        model: DenseModel,
+        embedding: HybridEmbedding,
+        comm: Comm,
+        device: Device,
+        optimizer: DenseOptimizer | None = None,
+        dense_lr: float = 0.0,
+        table_lr: float = 0.0,
+        rates: LearningRateConfig | None = None,
+    ) -> None:
+        """``optimizer`` is ``None`` and the rates are unused where only forward stages run."""
+        self.model = model
+        self.embedding = embedding
+        self.comm = comm
+        self.device = device
+        self.optimizer = optimizer
+        self.dense_lr = dense_lr
+        self.table_lr = table_lr
+        self.rates = rates or LearningRateConfig()
+
+    def rate(self, step: int, base: float) -> float:
+        """Learning rate of a step under the config's warm-up and decay."""
+        return learning_rate(self.rates, base, step)
+
+    def run(self, stage: S, flight: Flight) -> None:
+        """Run one stage by name."""
+        getattr(self, stage)(flight)
+
+    @uses(reads="batch", writes="labels dense keys")
+    def upload(self, flight: Flight) -> None:
+        """Copy the loader's batch to the device, in the model's precision."""
+        assert flight.batch is not None
+        host, rows = flight.batch.host, flight.rows
+        self.device.upload(host.labels, flight.labels[:rows])
+        self.device.upload(host.dense, flight.dense[:rows])
+        flight.keys = host.keys
+        flight.batch = None
+
+    @uses(reads="keys", writes="embedding.keys")
+    def input_dist(self, flight: Flight) -> None:
+        """Send every table's keys to the table's owner."""
+        assert flight.keys is not None
+        self.embedding.input_dist(flight.keys, flight.embedding, flight.global_rows)
+
+    @uses(reads="embedding.keys weights.tables", writes="embedding.pooled")
+    def lookup(self, flight: Flight) -> None:
+        """Owners gather and pool their rows for the global batch."""
+        self.embedding.lookup(flight.embedding)
+
+    @uses(reads="embedding.pooled embedding.keys weights.tables", writes="workspace.vectors")
+    def output_dist(self, flight: Flight) -> None:
+        """Send rows and pooled vectors to the ranks that need them; replicated rows are pooled here."""
+        self.embedding.output_dist(flight.embedding)
+
+    @uses(reads="dense weights.bottom", writes="workspace.bottom workspace.vectors")
+    def bottom_forward(self, flight: Flight) -> None:
+        """Bottom MLP into place 0 of the vectors."""
+        if self.model.first:
+            self.model.bottom_forward(flight.dense[: flight.rows], flight.workspace)
+
+    @uses(reads="workspace.vectors weights.top", writes="workspace.top workspace.logits")
+    def top_forward(self, flight: Flight) -> None:
+        """Interaction and top MLP."""
+        self.model.top_forward(flight.workspace, flight.rows)
+
+    @uses(reads="workspace.logits labels", writes="workspace.grad_logits loss")
+    def loss(self, flight: Flight) -> None:
+        """Binary cross-entropy and its gradient, divided by the global batch."""
+        rows, work = flight.rows, flight.workspace
+        assert work.grad_logits is not None
+        flight.loss = bce_with_logits(
+            work.logits[:rows], flight.labels[:rows], flight.global_rows, work.grad_logits[:rows], self.device
+        )
+
+    @uses(
+        reads="workspace.grad_logits workspace.top workspace.vectors weights.top",
+        writes="workspace.grad_vectors gradients.top",
+    )
+    def top_backward(self, flight: Flight) -> None:
+        """Top MLP and interaction backward."""
+        self.model.top_backward(flight.workspace, flight.rows)
+
+    @uses(reads="workspace.grad_vectors", writes="embedding.gradients")
+    def grad_dist(self, flight: Flight) -> None:
+        """Send the vectors' gradients to the tables' owners."""
+        self.embedding.grad_dist(flight.embedding)
+
+    @uses(reads="dense workspace.grad_vectors workspace.bottom weights.bottom", writes="gradients.bottom")
+    def bottom_backward(self, flight: Flight) -> None:
+        """Bottom MLP backward."""
+        if self.model.first:
+            self.model.bottom_backward(flight.dense[: flight.rows], flight.workspace, flight.rows)
+
+    @uses(reads="gradients.top gradients.bottom", writes="gradients.sum")
+    def reduce_dense(self, flight: Flight) -> None:  # noqa: ARG002  every stage has the same signature
+        """Sum the dense gradients over ranks."""
+        self.comm.all_reduce(self.model.flat_gradients).wait()
+
+    @uses(reads="embedding.gradients embedding.keys", writes="weights.tables")
+    def sparse_update(self, flight: Flight) -> None:
+        """Owners update the rows that the global batch touched."""
+        self.embedding.sparse_update(flight.embedding, self.rate(flight.step, self.table_lr), flight.step)
+
+    @uses(reads="gradients.sum", writes="weights.bottom weights.top")
+    def dense_update(self, flight: Flight) -> None:
+        """Every rank makes the same step with the dense weights."""
+        assert self.optimizer is not None
+        rate = self.rate(flight.step, self.dense_lr)
+        self.optimizer.step(self.model.flat_parameters, self.model.flat_gradients, rate, flight.step)

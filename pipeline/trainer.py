@@ -1,0 +1,390 @@
+"""The training run: steps, evaluations, checkpoints, stopping rules, resumption."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dlrm.config import EarlyStopConfig, RunConfig, to_values
+from dlrm.errors import CommError, CrosslaneError
+from embedding.comm import Comm
+from embedding.heartbeat import Heartbeat
+from pipeline import stop
+from pipeline.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    open_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from pipeline.engine import Engine, build_engine
+from pipeline.evaluator import Evaluation, Evaluator, final_split
+from pipeline.flight import Flight
+from pipeline.loader import Loader, steps_per_epoch
+from pipeline.progress import ProgressWriter
+from pipeline.resumption import check_resumable, rule_changed
+from pipeline.schedule import TRAIN_SEQUENTIAL, StageClock, execute, ring_size
+from pipeline.summary import report_of, write_report
+
+Reason = Literal["finished", "target", "early_stop", "stopped"]
+_HIGHER_IS_BETTER = {"auc", "accuracy"}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        directory: the run's folder.
+        step: steps made in all.
+        reason: why it ended.
+        checkpoint: the weights that were evaluated last, or the state that a stop left.
+        report: the evaluation report on rank 0; empty elsewhere and after a stop.
+    """
+
+    directory: Path
+    step: int
+    reason: Reason
+    checkpoint: Path
+    report: dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Course:
+    """What a checkpoint keeps of the run beside the weights."""
+
+    step: int = 0
+    seconds: float = 0.0
+    train_seconds: float = 0.0
+    timed_samples: int = 0
+    samples: int = 0
+    best: float | None = None
+    best_step: int = 0
+    evaluated_step: int = 0
+    evaluations_since_best: int = 0
+    ended: Reason | None = None
+    stages_ms: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """One run on this rank (all methods are collective)."""
+
+    def __init__(self, config: RunConfig, *, comm: Comm, threads: int) -> None:
+        """Build the engine; nothing is written yet.
+
+        Raises:
+            CrosslaneError: the config, the data or the weights to start from are wrong.
+        """
+        self.config = config
+        self.comm = comm
+        self.directory = Path(config.run.directory)
+        self.checkpoints = self.directory / "checkpoints"
+        latest = latest_checkpoint(self.checkpoints)
+        self._latest = None if latest is None else open_checkpoint(latest, comm=comm)
+        saved_plan = self._latest.meta.get("plan") if self._latest else None
+        self.engine: Engine = build_engine(config, comm=comm, threads=threads, saved_plan=saved_plan)
+        self.split = self.engine.dataset.split("train")
+        self.steps = self._planned_steps()
+        self.course = _Course()
+        self._clock = StageClock()
+        self._control = np.zeros(2)
+        self._warm = False
+        self._evaluators: dict[str, Evaluator] = {}
+        self._decides = config.train.target or config.train.early_stop
+        if self._decides:
+            self.engine.dataset.split(config.eval.split)  # refuses a missing split before the first step
+
+    def _planned_steps(self) -> int:
+        train, data = self.config.train, self.config.data
+        limits = []
+        if train.epochs is not None:
+            limits.append(train.epochs * steps_per_epoch(self.split.rows, data.batch_size, data.drop_last))
+        if train.max_steps is not None:
+            limits.append(train.max_steps)
+        return min(limits)
+
+    def _planned_samples(self) -> int:
+        data, rows = self.config.data, self.split.rows
+        per_epoch = steps_per_epoch(rows, data.batch_size, data.drop_last)
+        epochs, rest = divmod(self.steps, max(per_epoch, 1))
+        return epochs * min(rows, per_epoch * data.batch_size) + rest * data.batch_size
+
+    def run(self) -> TrainResult:
+        """Train to the end, or to a stop, then evaluate and report.
+
+        Raises:
+            CrosslaneError: the loss is not a number, or a checkpoint or the data are damaged.
+        """
+        began = time.perf_counter()
+        self._prepare_directory()
+        self._progress = ProgressWriter(self.directory / "progress.jsonl" if self.comm.rank == 0 else None)
+        try:
+            self._resume_or_initialise()
+            self._began = began - self.course.seconds
+            self._write_start()
+            with Heartbeat(self.comm, self.engine.topology, on_lost=self._note_lost):
+                reason = self.course.ended or self._steps()
+                return self._finish(reason)
+        finally:
+            self._progress.close()
+
+    def _note_lost(self, sentence: str) -> None:
+        self._progress.write(
+            "error", error="CommError", message=sentence, exit_code=CommError.exit_code, rank=self.comm.rank
+        )
+
+    def _prepare_directory(self) -> None:
+        if self.comm.rank == 0:
+            try:
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CrosslaneError(
+                    f"run.directory: {self.directory} cannot be written ({error.strerror}); choose another"
+                ) from None
+        self.comm.barrier()
+
+    def _resume_or_initialise(self) -> None:
+        checkpoint = self._latest
+        if checkpoint is not None:
+            check_resumable(checkpoint, self.config)
+            self.engine.load_checkpoint(checkpoint, states=True)
+            self.course = _Course(**checkpoint.meta["course"])
+            if rule_changed(checkpoint, self.config, "early_stop", "metric"):
+                self.course.best, self.course.evaluations_since_best = None, 0  # of another metric
+            if self._asks_for_more(checkpoint):
+                self.course.ended = None
+        elif self.config.run.init is not None:
+            self.engine.load_weights(self.config.run.init)
+
+    def _asks_for_more(self, checkpoint: Checkpoint) -> bool:
+        """Whether the config now goes beyond the end that the run came to."""
+        ended = self.course.ended
+        if ended in {"target", "early_stop"}:
+            return rule_changed(checkpoint, self.config, ended)
+        return ended == "finished" and self.course.step < self.steps
+
+    def _write_start(self) -> None:
+        self._progress.write(
+            "start",
+            run=self.config.name,
+            ranks=self.comm.size,
+            threads=self.engine.threads,
+            precision=self.config.precision,
+            step=self.course.step,
+            steps=self.steps,
+            samples=self._planned_samples(),
+        )
+
+    def _steps(self) -> Reason:
+        config, engine = self.config, self.engine
+        capacity = -(-config.data.batch_size // self.comm.size)
+        ring = [
+            Flight.allocate(
+                capacity, model=engine.model, embedding=engine.embedding, device=engine.device, training=True
+            )
+            for _ in range(ring_size(TRAIN_SEQUENTIAL))
+        ]
+        loader = Loader(
+            self.split,
+            batch_size=config.data.batch_size,
+            rank=self.comm.rank,
+            ranks=self.comm.size,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            window=config.data.shuffle_window,
+            drop_last=config.data.drop_last,
+            prefetch=config.data.prefetch,
+            start_step=self.course.step,
+            stop_step=self.steps,
+            epochs=config.train.epochs,
+        )
+        if self._evaluation_due() and (reason := self._judge(self._evaluate(config.eval.split))):
+            return reason  # a stop came between this step and its evaluation
+        self._reset_window()
+        with loader:
+            for flight in execute(
+                TRAIN_SEQUENTIAL,
+                stages=engine.stages,
+                ring=ring,
+                batches=iter(loader),
+                device=engine.device,
+                clock=self._clock,
+            ):
+                if reason := self._after_step(flight):
+                    return reason
+        return "finished"
+
+    def _after_step(self, flight: Flight) -> Reason | None:
+        course, train = self.course, self.config.train
+        course.step = step = flight.step
+        course.samples += flight.global_rows
+        self._window_steps += 1
+        self._window_samples += flight.global_rows
+        if not self._warm:
+            self._warm = True
+            self._cold_seconds = time.perf_counter() - self._window_start
+            self._cold_samples = flight.global_rows
+        loss, stopping = self._agree(flight.loss)
+        if not math.isfinite(loss):
+            raise CrosslaneError(
+                f"loss is {loss} at step {step}; lower optimizer.lr (now {self.config.optimizer.lr}) or lengthen "
+                f"learning_rate.warmup_steps; the last checkpoint is kept"
+            )
+        last = step == self.steps
+        if step % train.progress_every == 0 or last or stopping:
+            self._write_step(flight, loss)
+        if stopping:
+            return "stopped"
+        if self._evaluation_due():
+            with self._pause():
+                if reason := self._judge(self._evaluate(self.config.eval.split)):
+                    return reason
+        if train.checkpoint_every and step % train.checkpoint_every == 0 and not last:
+            with self._pause():
+                self._save()
+        return None
+
+    def _evaluation_due(self) -> bool:
+        every, step = self.config.train.eval_every, self.course.step
+        if not every or not step or step % every or step == self.course.evaluated_step:
+            return False
+        return step != self.steps or self._decides is not None  # else the closing evaluation follows at once
+
+    def _agree(self, loss: float) -> tuple[float, bool]:
+        """Sum of the ranks' losses, and whether any rank was asked to stop: one small all-reduce a step."""
+        self._control[:] = loss, stop.requested()
+        self.comm.all_reduce(self._control).wait()
+        return float(self._control[0]), bool(self._control[1])
+
+    def _reset_window(self) -> None:
+        self._window_start = time.perf_counter()
+        self._window_steps = self._window_samples = 0
+        self._cold_seconds = 0.0
+        self._cold_samples = 0
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Leave what happens inside out of the training rate."""
+        start = time.perf_counter()
+        yield
+        self._window_start += time.perf_counter() - start
+
+    def _write_step(self, flight: Flight, loss: float) -> None:
+        # The first step of a process compiles its kernels where they are not cached, and is left out of the rate.
+        seconds = time.perf_counter() - self._window_start - self._cold_seconds
+        samples = self._window_samples - self._cold_samples
+        self.course.train_seconds += seconds
+        self.course.timed_samples += samples
+        self.course.stages_ms = self._clock.take_ms(self._window_steps)
+        stages = self.engine.stages
+        self._progress.write(
+            "step",
+            step=flight.step,
+            epoch=flight.epoch,
+            samples=self.course.samples,
+            samples_per_s=samples / seconds if samples else None,
+            loss=loss,
+            lr=stages.rate(flight.step, stages.dense_lr),
+            stages_ms=self.course.stages_ms,
+        )
+        self._reset_window()
+
+    def _evaluate(self, split: str) -> Evaluation:
+        if split not in self._evaluators:
+            self._evaluators[split] = Evaluator(self.engine, self.engine.dataset.split(split), split)
+        evaluation = self._evaluators[split].run()
+        self._progress.write(
+            "eval",
+            step=self.course.step,
+            split=split,
+            seconds=evaluation.seconds,
+            samples=evaluation.samples,
+            metrics=evaluation.metrics.to_values(),
+        )
+        return evaluation
+
+    def _judge(self, evaluation: Evaluation) -> Reason | None:
+        """Apply the stopping rules to an evaluation; keeps the best weights for early stopping."""
+        train, course = self.config.train, self.course
+        course.evaluated_step = course.step
+        values = evaluation.metrics.to_values()
+        if train.early_stop:
+            value = values[train.early_stop.metric]
+            if value is not None and (course.best is None or _better(train.early_stop, value, course.best)):
+                course.best, course.best_step, course.evaluations_since_best = value, course.step, 0
+                self._save("best")
+            else:
+                course.evaluations_since_best += 1
+        if train.target and (value := values[train.target.metric]) is not None:
+            beyond = value - train.target.value
+            if (beyond if train.target.metric in _HIGHER_IS_BETTER else -beyond) >= 0:
+                return "target"
+        if train.early_stop and course.evaluations_since_best >= train.early_stop.patience:
+            return "early_stop"
+        return None
+
+    def _save(self, name: str | None = None) -> Path:
+        self.course.seconds = time.perf_counter() - self._began
+        path = save_checkpoint(
+            self.checkpoints,
+            step=self.course.step,
+            tensors=self.engine.tensors(),
+            meta={
+                "config": to_values(self.config),
+                "model": self.engine.describe_model(),
+                "plan": self.engine.plan.to_values(),
+                "ranks": self.comm.size,
+                "threads": self.engine.threads,
+                "course": asdict(self.course),
+            },
+            comm=self.comm,
+            name=name,
+        )
+        self._progress.write("save", step=self.course.step, path=str(path))
+        if name is None and self.comm.rank == 0:
+            prune_checkpoints(self.checkpoints, self.config.train.keep_checkpoints)
+        return path
+
+    def _finish(self, reason: Reason) -> TrainResult:
+        resumed_at_end = self.course.ended is not None
+        self.course.ended = None if reason == "stopped" else reason
+        checkpoint = latest_checkpoint(self.checkpoints) if resumed_at_end else None
+        checkpoint = checkpoint or self._save()
+        report: dict[str, Any] = {}
+        if reason != "stopped":
+            if self.config.train.early_stop and self.course.best_step:
+                checkpoint = self.checkpoints / "best"
+                self.engine.load_checkpoint(open_checkpoint(checkpoint, comm=self.comm), states=False)
+            evaluation = self._evaluate(final_split(self.engine))
+            if self.comm.rank == 0:
+                report = report_of(
+                    self.engine,
+                    evaluation,
+                    progress=self.directory / "progress.jsonl",
+                    stop={
+                        "reason": reason,
+                        "step": self.course.step,
+                        "checkpoint": str(checkpoint),
+                        "seconds": time.perf_counter() - self._began,
+                        "train_seconds": self.course.train_seconds,
+                        "samples": self.course.samples,
+                        "samples_per_s": self.course.timed_samples / self.course.train_seconds
+                        if self.course.timed_samples
+                        else None,
+                        "stages_ms": self.course.stages_ms,
+                    },
+                )
+                write_report(self.directory, report)
+        self._progress.write("end", step=self.course.step, reason=reason, seconds=time.perf_counter() - self._began)
+        return TrainResult(self.directory, self.course.step, reason, checkpoint, report)
+
+
+def _better(rule: EarlyStopConfig, value: float, best: float) -> bool:
+    return value > best if rule.metric in _HIGHER_IS_BETTER else value < best

@@ -1,0 +1,104 @@
+"""The executor: every stage of every batch runs once, in an order that keeps all waits."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.schedule import EVAL_SEQUENTIAL, TRAIN_SEQUENTIAL, Row, StageClock, execute, ring_size
+from pipeline.stages import FIELDS, S, Stages
+
+AHEAD = (
+    Row(S.upload, "copy", ahead=2),
+    Row(S.input_dist, "comm", after=(S.upload,), ahead=1),
+    Row(S.lookup, "embedding", after=(S.input_dist,)),
+    Row(S.top_forward, "main", after=(S.lookup,)),
+)
+
+
+class RecordingDevice:
+    """Runs inline and refuses a wait for something that was never recorded."""
+
+    @contextmanager
+    def on(self, stream):
+        yield
+
+    def record(self, stream):
+        return SimpleNamespace(recorded=True)
+
+    def wait(self, event):
+        assert event.recorded
+
+
+class RecordingStages:
+    def __init__(self):
+        self.runs = []
+
+    def run(self, stage, flight):
+        self.runs.append((stage, flight.number))
+
+
+class FakeFlight:
+    number = None
+
+    def accept(self, number):
+        self.number = number
+
+
+def run_schedule(rows, count):
+    stages = RecordingStages()
+    ring = [FakeFlight() for _ in range(ring_size(rows))]
+    flights = execute(rows, stages=stages, ring=ring, batches=iter(range(count)), device=RecordingDevice())
+    return stages.runs, [flight.number for flight in flights]
+
+
+@given(count=st.integers(0, 9), rows=st.sampled_from([TRAIN_SEQUENTIAL, EVAL_SEQUENTIAL, AHEAD]))
+def test_every_stage_of_every_batch_runs_once_after_what_it_waits_for(count, rows):
+    runs, yielded = run_schedule(rows, count)
+    assert yielded == list(range(count))
+    assert sorted(runs) == sorted((row.stage, number) for row in rows for number in range(count))
+    place = {run: index for index, run in enumerate(runs)}
+    for row in rows:
+        for number in range(count):
+            for stage in row.after:
+                assert place[stage, number] < place[row.stage, number]
+
+
+def test_batches_ahead_are_issued_ahead():
+    runs, _ = run_schedule(AHEAD, 4)
+    assert runs.index((S.upload, 2)) < runs.index((S.top_forward, 0))
+    assert runs.index((S.upload, 3)) > runs.index((S.top_forward, 0))
+
+
+def test_the_ring_holds_one_flight_more_than_the_batches_ahead():
+    assert ring_size(TRAIN_SEQUENTIAL) == 1
+    assert ring_size(AHEAD) == 3
+
+
+@pytest.mark.parametrize("rows", [TRAIN_SEQUENTIAL, EVAL_SEQUENTIAL])
+def test_every_field_is_written_before_it_is_read(rows):
+    """Walks the waits: whatever a stage reads was written by a stage that it waits for, directly or not."""
+    before: dict[S, set[S]] = {}
+    for row in rows:
+        before[row.stage] = {stage for wait in row.after for stage in before[wait] | {wait}}
+        reads, _ = FIELDS[row.stage]
+        written = {field for stage in before[row.stage] for field in FIELDS[stage][1]}
+        missing = {field for field in reads - written if not field.startswith("weights.") and field != "batch"}
+        assert not missing, f"{row.stage} reads {missing}, which nothing it waits for writes"
+
+
+def test_every_stage_declares_its_fields_and_exists():
+    assert set(FIELDS) == set(S)
+    assert all(callable(getattr(Stages, stage)) for stage in S)
+
+
+def test_the_clock_gives_means_per_step_and_starts_again():
+    clock = StageClock()
+    clock.add(S.lookup, 0.5)
+    clock.add(S.lookup, 0.25)
+    assert clock.take_ms(3) == {"lookup": pytest.approx(250.0)}
+    assert clock.take_ms(3) == {}

@@ -1,0 +1,82 @@
+"""However the tables are placed, whole runs train as one rank does, and go on from each other's checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.checkpoint import open_checkpoint
+
+HYBRID = {"tables": {name: {"placement": "hybrid", "threshold": rows} for name, rows in (("user", 7), ("item", 100))}}
+PLACEMENTS = {
+    "row_wise": {"placement": "row_wise"},
+    "column_wise": {"placement": "column_wise"},
+    "replicated": {"placement": "replicated"},
+    "de-duplicated": {"placement": "table_wise", "deduplicate": True},
+    "hybrid": {"placement": "row_wise", "deduplicate": True, **HYBRID},
+    "hierarchical": {"placement": "row_wise", "all_to_all": "hierarchical"},
+}
+
+
+def tensors_of(directory):
+    checkpoint = open_checkpoint(max((Path(directory) / "checkpoints").glob("step-*")))
+    return {name: checkpoint.read(name) for name in checkpoint.names}
+
+
+def assert_close(left, right):
+    assert left.keys() == right.keys()
+    for name, values in left.items():
+        assert np.isfinite(values).all(), name
+        np.testing.assert_allclose(values, right[name], rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+@pytest.fixture
+def alone(tiny_dataset, run_values, run_engine):
+    """The config's values but for ranks and placement, and what one rank makes of them."""
+    sections = {"precision": "fp64", "data": {"batch_size": 33}, "optimizer": {"kind": "adagrad", "lr": 0.02}}
+    data = tiny_dataset()
+    values = run_values(data, "alone", **sections)
+    code, errors = run_engine(values)
+    assert code == 0, errors
+    return lambda directory, **more: run_values(data, directory, **sections, **more), tensors_of(
+        values["run"]["directory"]
+    )
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_a_placement_trains_as_one_rank_does(alone, run_engine, name):
+    values_of, expected = alone
+    for ranks in (2, 4):
+        values = values_of(f"{name}-{ranks}", embedding=PLACEMENTS[name])
+        code, errors = run_engine(values, ranks=ranks)
+        assert code == 0, errors
+        assert_close(tensors_of(values["run"]["directory"]), expected)
+
+
+@pytest.mark.ranks
+def test_a_run_goes_on_with_other_ranks_and_another_placement(alone, run_engine):
+    values_of, expected = alone
+    steps = {"epochs": 2, "progress_every": 1}
+    for ranks, until, placement in (
+        (2, 7, "hybrid"),
+        (4, 15, "column_wise"),
+        (1, 20, "row_wise"),
+        (3, None, "row_wise"),
+    ):
+        values = values_of("moved", embedding=PLACEMENTS[placement], train={**steps, "max_steps": until})
+        code, errors = run_engine(values, ranks=ranks)
+        assert code == 0, errors
+    assert_close(tensors_of(values["run"]["directory"]), expected)
+
+
+@pytest.mark.ranks
+def test_tables_beyond_the_memory_limit_are_refused_before_they_are_made(tiny_dataset, run_values, run_engine):
+    values = run_values(tiny_dataset(), model={"embedding_dim": 1024, "bottom_mlp": [16, 1024]})
+    code, errors = run_engine({**values, "embedding": {"memory_limit_mib": 1, "placement": "replicated"}}, ranks=2)
+    assert code == 2, errors
+    messages = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 1
+    assert "'item'" in messages[0]
