@@ -16,12 +16,14 @@ import numpy as np
 from dlrm.errors import DataError
 from pipeline.dataset import Dataset, file_sha256
 from pipeline.etl.text_blocks import check_distinct, check_files
+from pipeline.formats.raw import LABEL_ONE, label_fault
 from pipeline.manifest import (
     MANIFEST_NAME,
     DenseDtype,
     DenseInfo,
     FileInfo,
     KeyDtype,
+    LabelDtype,
     Manifest,
     SplitInfo,
     TableInfo,
@@ -44,6 +46,7 @@ def adopt(
     out: str | Path,
     num_dense: int = 13,
     dense_dtype: DenseDtype | None = None,
+    label_dtype: LabelDtype = "int32",
     hotness: Sequence[int] | None = None,
     key_dtype: KeyDtype = "int32",
     missing_keys: bool = False,
@@ -54,11 +57,11 @@ def adopt(
 ) -> Path:
     """Write ``dataset.json`` over existing files of headerless little-endian rows.
 
-    Both layouts are rows of an int32 label, N dense columns and the keys of each table; keys need not be in the order
+    Both layouts are rows of a label, N dense columns and the keys of each table; keys need not be in the order
     of their frequency. ``dlrm-bin`` (``*_train.bin`` of facebookresearch/dlrm) is always int32 with one key a
-    table. ``hugectr-raw`` (HugeCTR's Raw) has int32 or float32 dense columns and any fixed hotness; its
-    multi-hot files have int64 keys. Integer dense columns are read as log(1 + max(x, 0)), which is what
-    both programs do; float32 ones as they are.
+    table. ``hugectr-raw`` (HugeCTR's Raw) has int32 or float32 dense columns, any fixed hotness, 4-byte or 8-byte
+    keys, and int32 labels, or float32 ones (HugeCTR's ``float_label_dense``). Integer dense columns are read as
+    log(1 + max(x, 0)), which is what both programs do; float32 ones as they are.
 
     Args:
         files: paths of each split, in order; a split's rows are those of its files, one after the other.
@@ -67,6 +70,7 @@ def adopt(
         out: folder that gets the manifest; made where missing.
         num_dense: N.
         dense_dtype: ``None``: int32.
+        label_dtype: type of the label.
         hotness: key columns of each table; ``None``: 1 each.
         key_dtype: type of the keys.
         missing_keys: whether -1 (no key) may stand in a table of hotness 1.
@@ -85,7 +89,7 @@ def adopt(
     directory = Path(out)
     dense_dtype = dense_dtype or "int32"
     hotness = hotness or [1] * len(rows_per_table)
-    _check_arguments(layout, rows_per_table, num_dense, hotness, key_dtype, dense_dtype)
+    _check_arguments(layout, rows_per_table, num_dense, hotness, {key_dtype, dense_dtype, label_dtype})
     paths_of = {split: [Path(path) for path in paths] for split, paths in files.items() if paths}
     if not paths_of:
         raise DataError("adopt: no files; name at least one")
@@ -95,6 +99,7 @@ def adopt(
     shape = Manifest(
         name=name or directory.resolve().name,
         layout="raw",
+        label_dtype=label_dtype,
         dense=DenseInfo(
             names=tuple(f"I{n + 1}" for n in range(num_dense)),
             dtype=dense_dtype,
@@ -134,8 +139,7 @@ def _check_arguments(
     rows_per_table: Sequence[int],
     num_dense: int,
     hotness: Sequence[int],
-    key_dtype: KeyDtype,
-    dense_dtype: DenseDtype,
+    dtypes: set[str],
 ) -> None:
     if layout not in ("hugectr-raw", "dlrm-bin"):
         raise DataError(f"adopt: layout {layout!r}; known are hugectr-raw and dlrm-bin")
@@ -145,9 +149,10 @@ def _check_arguments(
         raise DataError(f"adopt: {len(hotness)} values of hotness for {len(rows_per_table)} tables; give one each")
     if any(count < 1 for count in hotness):
         raise DataError(f"adopt: hotness {list(hotness)}; every table has at least one key column")
-    if layout == "dlrm-bin" and (key_dtype != "int32" or dense_dtype != "int32" or set(hotness) - {1}):
+    if layout == "dlrm-bin" and (dtypes != {"int32"} or set(hotness) - {1}):
         raise DataError(
-            "adopt: dlrm-bin holds int32 dense columns and one int32 key a table; use layout hugectr-raw for others"
+            "adopt: dlrm-bin holds int32 dense columns, labels and one int32 key a table; use layout hugectr-raw for "
+            "others"
         )
 
 
@@ -180,7 +185,7 @@ def _probe(dataset: Dataset) -> None:
     """Read both ends of each split, so that a wrong number of tables, rows or columns is refused here."""
     for name, info in dataset.splits.items():
         for file in info.files:
-            _check_dense(Path(file.path), dataset.manifest)
+            _check_types(Path(file.path), dataset.manifest)
         split = dataset.split(name)
         for rows in (slice(0, _PROBED_ROWS), slice(max(0, info.rows - _PROBED_ROWS), info.rows)):
             try:
@@ -192,12 +197,16 @@ def _probe(dataset: Dataset) -> None:
                 ) from None
 
 
-def _check_dense(path: Path, manifest: Manifest) -> None:
-    """Refuse int32 columns that look like float32, and the other way round."""
+def _check_types(path: Path, manifest: Manifest) -> None:
+    """Refuse labels of another type, and int32 columns that look like float32 or the other way round."""
     width, dtype = row_words(manifest), manifest.dense.dtype
-    words = np.fromfile(path, "<i4", count=_PROBED_ROWS * width).reshape(-1, width)[
-        :, 1 : 1 + len(manifest.dense.names)
-    ]
+    rows = np.fromfile(path, "<i4", count=_PROBED_ROWS * width).reshape(-1, width)
+    labels = rows[:, 0]
+    foreign = np.flatnonzero((labels != 0) & (labels != LABEL_ONE[manifest.label_dtype]))
+    if foreign.size:
+        fault = label_fault(int(labels[foreign[0]]), manifest.label_dtype)
+        raise DataError(f"{path}: row {foreign[0]}: {fault} (or check the number of tables, columns and hotness)")
+    words = rows[:, 1 : 1 + len(manifest.dense.names)]
     present = words[words != 0]
     if not present.size:
         return

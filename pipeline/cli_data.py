@@ -198,6 +198,7 @@ def data_adopt(
     test: Annotated[list[Path] | None, typer.Option(metavar="FILE...", help="Rows of 'test'.")] = None,
     dense: Annotated[int, typer.Option(help="Dense columns.")] = 13,
     dense_dtype: Annotated[Literal["int32", "float32"], typer.Option(help="Type of the dense columns.")] = "int32",
+    label_dtype: Annotated[Literal["int32", "float32"], typer.Option(help="Type of the label.")] = "int32",
     hotness: Annotated[
         str | None, typer.Option(metavar="H1,H2,...", help="Key columns of each table; default: 1 each.")
     ] = None,
@@ -222,6 +223,7 @@ def data_adopt(
         out=out or files[0].parent,
         num_dense=dense,
         dense_dtype=dense_dtype,
+        label_dtype=label_dtype,
         hotness=parse_counts("--hotness", hotness) if hotness is not None else None,
         key_dtype=key_dtype,
         missing_keys=missing_keys,

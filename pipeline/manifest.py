@@ -25,6 +25,7 @@ Layout = Literal["raw", "jagged"]
 DenseDtype = Literal["float32", "int32"]
 DenseTransform = Literal["as_is", "log1p_at_read"]
 KeyDtype = Literal["int32", "int64"]
+LabelDtype = Literal["int32", "float32"]
 Part = Literal["rows", "offsets", "keys", "weights"]
 
 _STRICT = ConfigDict(extra="forbid")
@@ -112,6 +113,8 @@ class Manifest:
     version: Literal[1] = FORMAT_VERSION
     name: Annotated[str, Field(min_length=1)]
     layout: Layout
+    label_dtype: LabelDtype = "int32"
+    """``float32``: 0.0 and 1.0, as HugeCTR's ``float_label_dense`` has them."""
     dense: DenseInfo = Field(default_factory=DenseInfo)
     key_dtype: KeyDtype = "int32"
     weighted: bool = False

@@ -26,6 +26,7 @@ from pipeline.manifest import (
     DenseDtype,
     DenseInfo,
     KeyDtype,
+    LabelDtype,
     Layout,
     Manifest,
     SplitInfo,
@@ -53,6 +54,7 @@ class DatasetWriter:
         key_dtype: KeyDtype = "int32",
         weighted: bool = False,
         dense_dtype: DenseDtype = "float32",
+        label_dtype: LabelDtype = "int32",
         overwrite: bool = False,
     ) -> None:
         """Make the folder.
@@ -67,6 +69,7 @@ class DatasetWriter:
             key_dtype: ``int64`` only for tables above 2^31 rows.
             weighted: every key has a float32 weight.
             dense_dtype: ``float32``, transformed already, or ``int32``, read as log(1 + max(x, 0)).
+            label_dtype: how labels are stored.
             overwrite: replace a data set that is there.
 
         Raises:
@@ -83,6 +86,7 @@ class DatasetWriter:
         self._layout = layout
         self._key_dtype = key_dtype
         self._weighted = weighted
+        self._label_dtype = label_dtype
         self._splits: dict[str, SplitFiles] = {}
         self._columns = np.cumsum([0, *(table.hotness for table in tables)])
         num_columns = int(self._columns[-1]) if layout == "raw" else 0
@@ -131,7 +135,7 @@ class DatasetWriter:
             columns = self._check_columns(split, keys, labels.size).astype(self._key_dtype, copy=False)
             if weights is not None:
                 weights = np.where(columns >= 0, weights, 0).astype(np.float32, copy=False)
-            self.write_rows(split, encode_rows(self.row_words, labels, dense, columns, weights))
+            self.write_rows(split, encode_rows(self.row_words, labels, dense, columns, weights, self._label_dtype))
 
     def write_rows(self, split: str, words: NDArray[np.int32]) -> None:
         """Append whole Raw rows that a caller has put together.
@@ -210,6 +214,7 @@ class DatasetWriter:
         manifest = Manifest(
             name=self._name,
             layout=self._layout,
+            label_dtype=self._label_dtype,
             dense=self._dense,
             key_dtype=self._key_dtype,
             weighted=self._weighted,
@@ -331,7 +336,7 @@ class DatasetWriter:
             )
         offsets = bag_offsets(bags)
         files = self._split(split)
-        files.files[0].write(encode_rows(self.row_words, labels, dense))
+        files.files[0].write(encode_rows(self.row_words, labels, dense, label_dtype=self._label_dtype))
         for index in range(num_tables):
             bounds = offsets[index * num_rows : (index + 1) * num_rows + 1]
             keys = bags.keys[bounds[0] : bounds[-1]]

@@ -18,7 +18,12 @@ TEXTS = sorted(
     if path.is_file()
     and path.suffix in {".py", ".md", ".yaml", ".yml", ".html", ".js", ".css", ".cu", ".sh", ""}
     and "__pycache__" not in path.parts
-) + sorted(path for path in ROOT.iterdir() if path.is_file() and path.suffix in {"", ".md", ".toml", ".yml", ".in"})
+) + sorted(
+    path
+    for path in ROOT.iterdir()
+    # In a worktree .git is a file that names a folder of the machine.
+    if path.is_file() and path.suffix in {"", ".md", ".toml", ".yml", ".in"} and path.name != ".git"
+)
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 70

@@ -16,9 +16,12 @@ from dlrm.errors import DataError
 from embedding.jagged import Jagged
 from pipeline.formats import raw_numba
 from pipeline.formats.batch import HostBatch, MappedFile
-from pipeline.manifest import Manifest, SplitInfo, row_words
+from pipeline.manifest import LabelDtype, Manifest, SplitInfo, row_words
 
 Rows = NDArray[np.int64]
+
+LABEL_ONE: dict[LabelDtype, int] = {"int32": 1, "float32": 0x3F80_0000}
+"""The word of a label of 1; a label of 0 is the word 0 in either type."""
 
 
 class RowFiles:
@@ -63,13 +66,20 @@ class RowFiles:
         for words, inside, places in self.pieces(rows):
             floats = words.view(np.float32)
             b, column = raw_numba.gather_head(
-                words, floats, inside, places, dense.transform == "log1p_at_read", labels, values
+                words,
+                floats,
+                inside,
+                places,
+                LABEL_ONE[self._manifest.label_dtype],
+                dense.transform == "log1p_at_read",
+                labels,
+                values,
             )
             if b >= 0:
                 path, row = self.locate(rows[b])
                 stored = self.words_of(rows[b])
                 if column == 0:
-                    raise DataError(f"{path}: row {row}: label {stored[0]} is neither 0 nor 1; correct the row")
+                    raise DataError(f"{path}: row {row}: {label_fault(int(stored[0]), self._manifest.label_dtype)}")
                 raise DataError(
                     f"{path}: row {row}: dense column {dense.names[column - 1]!r} is "
                     f"{stored.view(np.float32)[column]}; it must be finite, so fill or clip it in preparation"
@@ -210,12 +220,25 @@ class RawReader:
         )
 
 
+def label_fault(word: int, dtype: LabelDtype) -> str:
+    """What is wrong with the word of a label that is neither 0 nor 1, and what it may be instead."""
+    shown = np.int32(word).view(np.float32) if dtype == "float32" else word
+    other: LabelDtype = "int32" if dtype == "float32" else "float32"
+    remedy = "correct the row"
+    if word == LABEL_ONE[other]:
+        remedy = f"it is 1 as {other}, so set label_dtype to {other}"
+    elif np.int32(word).byteswap() in LABEL_ONE.values():
+        remedy = "it is 1 in big-endian order, but files must be little-endian"
+    return f"label {shown} is neither 0 nor 1; {remedy}"
+
+
 def encode_rows(
     manifest_words: int,
     labels: NDArray[Any],
     dense: NDArray[Any],
     keys: NDArray[Any] | None = None,
     weights: NDArray[np.float32] | None = None,
+    label_dtype: LabelDtype = "int32",
 ) -> NDArray[np.int32]:
     """Put columns together to rows [B, V] of words.
 
@@ -225,10 +248,11 @@ def encode_rows(
         dense: [B, N] float32 or int32.
         keys: [B, H] int32 or int64, -1 = no key; ``None`` for the rows file of a jagged split.
         weights: [B, H] float32.
+        label_dtype: how labels are stored.
     """
     num_rows = labels.shape[0]
     words = np.empty((num_rows, manifest_words), np.int32)
-    words[:, 0] = labels
+    words[:, 0] = np.where(labels != 0, LABEL_ONE[label_dtype], 0)
     word = 1
     for block in (dense, keys, weights):
         if block is not None and block.shape[1]:

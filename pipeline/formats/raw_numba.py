@@ -19,7 +19,7 @@ from numba import njit
 
 @njit(nogil=True, cache=True)
 def gather_head(
-    words: Any, floats: Any, rows: Any, places: Any, log1p: bool, labels: Any, dense: Any
+    words: Any, floats: Any, rows: Any, places: Any, one: int, log1p: bool, labels: Any, dense: Any
 ) -> tuple[int, int]:
     """Labels and dense columns; a fault in column 0 is the label, in column 1 + n dense column n.
 
@@ -28,6 +28,7 @@ def gather_head(
         floats: [R, V] float32, the same bytes.
         rows: [B] int64.
         places: [B] int64.
+        one: the word of a label of 1; a label of 0 is the word 0.
         log1p: dense columns are int32 and become log(1 + max(x, 0)).
         labels: [B] float32, written.
         dense: [B, N] float32, written.
@@ -36,9 +37,9 @@ def gather_head(
     for i in range(rows.size):
         row, b = rows[i], places[i]
         label = words[row, 0]
-        if label != 0 and label != 1:
+        if label != 0 and label != one:
             return b, 0
-        labels[b] = label
+        labels[b] = label != 0
         for n in range(num_dense):
             if log1p:
                 dense[b, n] = math.log1p(max(words[row, 1 + n], 0))

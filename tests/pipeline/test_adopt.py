@@ -81,6 +81,40 @@ def test_hugectr_raw_with_float_dense_and_many_wide_keys(tmp_path: Path, rng: np
     assert np.diff(batch.keys.offsets).tolist() == [2] * 25 + [3] * 25
 
 
+def test_hugectr_raw_with_float_labels(tmp_path: Path, rng: np.random.Generator) -> None:
+    """What HugeCTR reads with ``float_label_dense=True``."""
+    record = np.dtype([("label", "<f4"), ("dense", "<f4", 2), ("keys", "<i4", 3)])
+    rows = np.zeros(40, record)
+    rows["label"] = np.arange(40) % 3 == 0
+    rows["dense"] = rng.normal(size=(40, 2))
+    rows["keys"] = rng.integers(0, 3, (40, 3))
+    rows.tofile(tmp_path / "train")
+    arguments: dict[str, Any] = {
+        "files": {"train": [tmp_path / "train"]},
+        "layout": "hugectr-raw",
+        "rows_per_table": ROWS,
+        "num_dense": 2,
+        "dense_dtype": "float32",
+        "out": tmp_path / "out",
+    }
+    with pytest.raises(
+        DataError, match=r"row 0: label 1065353216 .* it is 1 as float32, so set label_dtype to float32"
+    ):
+        adopt(**arguments)
+    dataset = load_dataset(adopt(**arguments, label_dtype="float32"))
+    batch = dataset.split("train").read(slice(None))
+    np.testing.assert_array_equal(batch.labels, rows["label"])
+    np.testing.assert_array_equal(batch.dense, rows["dense"])
+
+
+def test_a_big_endian_file_is_recognised(tmp_path: Path, rng: np.random.Generator) -> None:
+    words = dlrm_bin(tmp_path / "t.bin", rng, 30)
+    words[:, 0] = 1
+    words.byteswap().tofile(tmp_path / "t.bin")
+    with pytest.raises(DataError, match=r"t.bin: row 0: label 16777216 .* it is 1 in big-endian order"):
+        adopt({"train": [tmp_path / "t.bin"]}, layout="dlrm-bin", rows_per_table=ROWS, num_dense=2, out=tmp_path / "o")
+
+
 def test_relative_paths_move_with_the_manifest(tmp_path: Path, rng: np.random.Generator) -> None:
     (tmp_path / "data").mkdir()
     dlrm_bin(tmp_path / "data" / "t.bin", rng, 5)

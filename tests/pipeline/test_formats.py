@@ -49,6 +49,7 @@ def columns_of(bags: list[list[Bag]], hotness: list[int], rng: np.random.Generat
     seed=st.integers(0, 2**32 - 1),
     layout=st.sampled_from(["raw", "jagged"]),
     key_dtype=st.sampled_from(["int32", "int64"]),
+    label_dtype=st.sampled_from(["int32", "float32"]),
     weighted=st.booleans(),
     as_jagged=st.booleans(),
     hotness=st.lists(st.integers(1, 4), min_size=1, max_size=4),
@@ -61,6 +62,7 @@ def test_rows_come_back_as_they_were_written(
     seed: int,
     layout: Any,
     key_dtype: Any,
+    label_dtype: Any,
     weighted: bool,
     as_jagged: bool,
     hotness: list[int],
@@ -92,6 +94,7 @@ def test_rows_come_back_as_they_were_written(
             tables=tables,
             layout=layout,
             key_dtype=key_dtype,
+            label_dtype=label_dtype,
             weighted=weighted,
         ) as writer:
             for part in (slice(0, cut), slice(cut, None)):
