@@ -16,6 +16,7 @@ from dlrm.errors import ConfigError, CrosslaneError
 from pipeline.cli_data import data_app, prepare_app, synth
 from pipeline.cli_plan import plan
 from pipeline.console import AsJson, print_fields, print_json, print_rows, show_progress
+from pipeline.ready_configs import ready_config, ready_configs
 from pipeline.threads import settle_threads
 
 app = typer.Typer()
@@ -27,7 +28,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Set one field, such as optimizer.lr=0.1; may be repeated."),
 ]
-EXAMPLES = Path(__file__).parent / "examples"
 
 
 def debugging() -> bool:
@@ -213,14 +213,11 @@ def config_example(
     as_json: AsJson = False,
 ) -> None:
     """Print a ready config, or list them."""
-    paths = {path.stem: path for path in sorted(EXAMPLES.glob("*.yaml"))}
     if name is None:
-        rows = [{"name": stem, "about": _first_comment(path)} for stem, path in paths.items()]
+        rows = [{"name": stem, "about": _first_comment(path)} for stem, path in ready_configs().items()]
         print_rows("Ready configs", rows, as_json=as_json)
         return
-    if name not in paths:
-        raise ConfigError(f"example {name!r}: unknown; name one of {', '.join(paths)}")
-    text = paths[name].read_text(encoding="utf-8")
+    text = ready_config(name).read_text(encoding="utf-8")
     if as_json:
         import yaml
 

@@ -24,12 +24,12 @@ from rich.console import Console
 from dlrm.config import load_run_config, to_values
 from dlrm.errors import LaunchError, ServiceError
 from pipeline.console import RunProgress, print_fields, print_json, terminal
+from pipeline.ready_configs import ready_config
 from service.client import ServiceClient
 from service.launchers.mpi import engine_environment
 from service.settings import available_cores, default_home, inherited_environment, service_url
 
 DATASET = "movielens"
-EXAMPLE = Path(__file__).resolve().parents[1] / "pipeline" / "examples" / f"{DATASET}.yaml"
 
 _START_SECONDS = 60.0
 _POLL_SECONDS = 0.3
@@ -53,7 +53,7 @@ def run_demo(*, home: Path | None, ranks: int, as_json: bool) -> None:
     with _ended_by_signals(), _service(home, ranks) as client:
         console.print(f"service: {client.url} (store and runs in {home})", soft_wrap=True)
         _prepare(home, console)
-        config = to_values(load_run_config(EXAMPLE))
+        config = to_values(load_run_config(ready_config(DATASET)))
         job = client.submit(config, dataset=DATASET, ranks=ranks, threads_per_rank=max(1, available_cores() // ranks))
         console.print(f"job: {client.url}/v1/jobs/{job['id']}", soft_wrap=True)
         console.print("A first run compiles its kernels for this machine, which takes about a minute.")

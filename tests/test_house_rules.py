@@ -22,7 +22,7 @@ TEXTS = sorted(
     path
     for path in ROOT.iterdir()
     # In a worktree .git is a file that names a folder of the machine.
-    if path.is_file() and path.suffix in {"", ".md", ".toml", ".yml", ".in"} and path.name != ".git"
+    if path.is_file() and path.suffix in {"", ".py", ".md", ".toml", ".yml", ".in"} and path.name != ".git"
 )
 
 MAX_FILE_LINES = 400
@@ -46,6 +46,12 @@ def arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
 def test_sources_are_found() -> None:
     assert {path.parts[len(ROOT.parts)] for path in SOURCES} == set(PACKAGES)
     assert ROOT / "README.md" in TEXTS
+
+
+def test_nothing_is_a_link() -> None:
+    """Some archives and copies turn links into small text files; a wheel built from those lacks what they meant."""
+    folders = (*PACKAGES, "docs", "examples", "benchmarks", "deploy", "tests", ".ci")
+    assert [where(path) for folder in folders for path in (ROOT / folder).rglob("*") if path.is_symlink()] == []
 
 
 def test_files_stay_short_enough_to_read() -> None:
