@@ -148,6 +148,19 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class CheckpointConfig:
+    """How checkpoints are written; ``train`` says when."""
+
+    asynchronous: bool = True
+    """Training stops for a copy only and goes on while the copy is written; ``False``: it waits for the disk."""
+    incremental: bool = False
+    """Of the tables, write the rows that changed since an earlier checkpoint, which stays beside it."""
+    memory_limit_mib: PositiveInt | None = None
+    """Of the copy, on each rank; where it would be larger, training waits for the disk. ``None``: half of what the
+    machine has free at that moment, divided among its ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class EvalConfig:
     """What is evaluated."""
 
@@ -185,6 +198,7 @@ class RunConfig:
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     learning_rate: LearningRateConfig = Field(default_factory=LearningRateConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     run: RunSection = Field(default_factory=RunSection)
 

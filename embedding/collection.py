@@ -34,7 +34,7 @@ from embedding.jagged import Jagged
 from embedding.lookup import gather_pool
 from embedding.plan import TableSpec
 from embedding.sparse_optim import UpdateScratch, update_rows
-from embedding.table import Part, Shard, Table, create_shards
+from embedding.table import Part, Shard, Table, create_shards, with_touched
 from embedding.wire import Precision, Wire
 
 
@@ -136,7 +136,15 @@ class TableWiseEmbedding:
 
     def shards(self) -> list[Shard]:
         """What this rank holds, in manifest order."""
-        return list(self._store.shards)
+        return with_touched(self._store.shards, self._scratch.touched)
+
+    def track_touched(self) -> None:
+        """Note from now on which rows are updated."""
+        self._scratch.track_touched()
+
+    def clear_touched(self) -> None:
+        """Forget which rows were updated."""
+        self._scratch.clear_touched()
 
     def buffers(self, capacity: int, vectors: Array, grad_vectors: Array | None = None) -> EmbeddingBuffers:
         """Room for one batch in flight.

@@ -41,6 +41,12 @@ class Group(Protocol):
     def shards(self) -> list[Shard]:
         """What this rank holds."""
 
+    def track_touched(self) -> None:
+        """See ``HybridEmbedding``."""
+
+    def clear_touched(self) -> None:
+        """See ``HybridEmbedding``."""
+
     def buffers(self, capacity: int, vectors: Array, grad_vectors: Array | None = None) -> Any:
         """Room for one batch in flight."""
 
@@ -213,6 +219,16 @@ class HybridEmbedding:
         order = {spec.name: place for place, spec in enumerate(self.specs)}
         held = [shard for _, _, group in self._groups for shard in group.shards()]
         return sorted(held, key=lambda shard: order[shard.table])
+
+    def track_touched(self) -> None:
+        """Note from now on which rows are updated: ``touched`` of the shards says which."""
+        for _, _, group in self._groups:
+            group.track_touched()
+
+    def clear_touched(self) -> None:
+        """Forget which rows were updated."""
+        for _, _, group in self._groups:
+            group.clear_touched()
 
     def buffers(self, capacity: int, vectors: Array, grad_vectors: Array | None = None) -> HybridBuffers:
         """Room for one batch in flight.

@@ -29,7 +29,7 @@ from embedding.buffers import NO_OFFSETS, NO_WEIGHTS, BatchBuffers
 from embedding.comm import Comm, Event
 from embedding.slots import mark_slots
 from embedding.sparse_optim import UpdateScratch, update_rows
-from embedding.table import Part, Shard, create_shards
+from embedding.table import Part, Shard, create_shards, with_touched
 
 _ONE_TABLE = np.zeros(1, np.int64)
 _SUM = np.zeros(1, np.bool_)
@@ -57,7 +57,6 @@ class ReplicatedRows:
     Between ``start_reduce`` and ``update`` of a batch there is none of another: the gradients' room is shared.
 
     Attributes:
-        shards: views of the rows by table.
         weight: [H, D].
         rows: H.
     """
@@ -89,7 +88,6 @@ class ReplicatedRows:
             start_bytes: what an all-reduce could send in the time that it takes to start; 0: always compact.
         """
         store = create_shards(parts, dim, device=device, optimizer=optimizer, dtype=dtype, seed=seed)
-        self.shards: list[Shard] = [shard for shard in store.shards if len(shard.rows)]
         self.weight: Array = store.weight
         self.rows = len(store.weight)
         self._store = store
@@ -105,6 +103,18 @@ class ReplicatedRows:
         self._compact = np.empty(self.rows, np.int32)
         self._latest: tuple[int, int] | None = None  # touched rows, global rows
         self._gradients = np.empty(0, dtype)
+
+    def shards(self) -> list[Shard]:
+        """Views of the rows by table; tables without any are left out."""
+        return [shard for shard in with_touched(self._store.shards, self._scratch.touched) if len(shard.rows)]
+
+    def track_touched(self) -> None:
+        """Note from now on which rows are updated."""
+        self._scratch.track_touched()
+
+    def clear_touched(self) -> None:
+        """Forget which rows were updated."""
+        self._scratch.clear_touched()
 
     def predicted_touched(self, global_rows: int) -> float:
         """Rows that a batch is expected to touch: as the latest did, in proportion to their sizes."""

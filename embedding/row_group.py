@@ -31,7 +31,7 @@ from embedding.replicated import ReplicatedRows
 from embedding.row_route import RowRoute
 from embedding.slots import SPREAD, RowLayout, pool_slots, route_keys, sum_slots
 from embedding.sparse_optim import UpdateScratch, update_rows
-from embedding.table import Part, Shard, create_shards
+from embedding.table import Part, Shard, create_shards, with_touched
 from embedding.topology import share_of
 from embedding.wire import Wire
 
@@ -129,7 +129,18 @@ class RowGroup:
 
     def shards(self) -> list[Shard]:
         """What this rank holds: replicated rows, then its own."""
-        return [*self._replicated.shards, *(shard for shard in self._store.shards if len(shard.rows))]
+        own = with_touched(self._store.shards, self._scratch.touched)
+        return [*self._replicated.shards(), *(shard for shard in own if len(shard.rows))]
+
+    def track_touched(self) -> None:
+        """Note from now on which rows are updated."""
+        self._scratch.track_touched()
+        self._replicated.track_touched()
+
+    def clear_touched(self) -> None:
+        """Forget which rows were updated."""
+        self._scratch.clear_touched()
+        self._replicated.clear_touched()
 
     def buffers(self, capacity: int, vectors: Array, grad_vectors: Array | None = None) -> RowBuffers:
         """Room for one batch in flight; arguments as for ``HybridEmbedding.buffers``."""

@@ -91,16 +91,28 @@ class UpdateScratch:
         head: [R] int32, -1 between calls.
         following: [K or more] int32.
         bag: [K or more] int32.
+        touched: [R] bool, rows that were updated since it was last cleared; ``None``: nobody asks.
     """
 
     head: Array
     following: Array
     bag: Array
+    touched: Array | None = None
 
     @classmethod
     def create(cls, rows: int) -> UpdateScratch:
         """For tables of ``rows`` rows together."""
         return cls(np.full(rows, -1, np.int32), np.empty(0, np.int32), np.empty(0, np.int32))
+
+    def track_touched(self) -> None:
+        """Note from now on which rows are updated."""
+        if self.touched is None:
+            self.touched = np.zeros(len(self.head), np.bool_)
+
+    def clear_touched(self) -> None:
+        """Forget which rows were updated."""
+        if self.touched is not None:
+            self.touched.fill(False)
 
     def reserve(self, keys: int) -> None:
         """Make room for a batch of ``keys`` keys."""
@@ -152,6 +164,8 @@ def update_rows(
     """
     if optimizer.kind == "ftrl" and not lr:
         return  # the formula divides by the rate; the dense side changes nothing then either
+    if scratch.touched is not None:
+        mark_touched(keys, offsets, row_start, num_rows, scratch.touched)
     kind = KINDS.index(optimizer.kind)
     numbers = constants(optimizer, lr, step)
     arrays = [*state.values(), weight[:0], weight[:0]]
@@ -168,6 +182,15 @@ def update_rows(
         kind, numbers, weight, arrays[0], arrays[1], row_start, keys, offsets, key_weights, mean, place,
         num_rows, gradients, scratch.head, scratch.following, scratch.bag, tables, parts, of_parts, worker_end,
     )  # fmt: skip
+
+
+def mark_touched(keys: Array, offsets: Array, row_start: Array, num_rows: int, touched: Array) -> None:
+    """Set ``touched`` [R] for every row that a bag names; arguments as of ``update_rows``."""
+    for table, start in enumerate(row_start.tolist()):
+        begin, end = table * num_rows, (table + 1) * num_rows
+        if len(offsets):
+            begin, end = int(offsets[begin]), int(offsets[end])
+        touched[start:][keys[begin:end]] = True
 
 
 def share_work(offsets: Array, num_tables: int, num_rows: int, workers: int) -> tuple[Array, Array, Array, Array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ class Shard:
         weight: [len(rows), len(columns)].
         state: optimiser state by name: the same shape, or [len(rows)] for one number a row.
         replicated: every rank holds the same; one of them saves it.
+        touched: [len(rows)] bool, rows that were updated since the last clearing; ``None``: nobody asks.
     """
 
     table: str
@@ -50,6 +51,7 @@ class Shard:
     weight: Array
     state: dict[str, Array] = field(default_factory=dict)
     replicated: bool = False
+    touched: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,21 @@ def create_shards(
         views = {item.name: state[item.name][rows, 0] if item.per_row else state[item.name][rows] for item in layout}
         shards.append(Shard(part.spec.name, part.rows, part.columns, weight[rows], views, part.replicated))
     return ShardStore(shards, weight, state, device.xp.asarray(starts[:-1], np.int64))
+
+
+def with_touched(shards: Sequence[Shard], touched: Array | None) -> list[Shard]:
+    """The shards of one store with their parts of what was touched.
+
+    Args:
+        shards: all of them, in the order in which they lie; those without rows may be missing.
+        touched: [R] bool of the store, or ``None``.
+    """
+    if touched is None:
+        return list(shards)
+    ends = np.cumsum([len(shard.rows) for shard in shards], dtype=np.int64).tolist()
+    return [
+        replace(shard, touched=touched[end - len(shard.rows) : end]) for shard, end in zip(shards, ends, strict=True)
+    ]
 
 
 def _filled(item: StateSpec, rows: int, dim: int, dtype: Any, device: Device) -> Array:

@@ -14,7 +14,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,9 +23,10 @@ from typing import Any, Self
 from dlrm.errors import CheckpointError
 from embedding.comm import Comm
 from pipeline.agreement import everywhere, on_rank_0
-from pipeline.checkpoint import all_parts, commit, prune_checkpoints, save_checkpoint, write_shard
+from pipeline.checkpoint import all_parts, commit, prune_checkpoints, write_shard
 from pipeline.checkpoint_folder import begin, target_of
 from pipeline.checkpoint_parts import Part, RowSet, Touched, Value, snapshot
+from pipeline.checkpoint_pieces import stored_bytes
 
 # Between two looks for receipts; it doubles from one to the other.
 _SHORTEST_PAUSE_S = 0.01
@@ -45,7 +46,8 @@ class _Save:
     base: Path | None
     parts: list[tuple[str, list[Part]]]
     lock: contextlib.ExitStack
-    prune: bool
+    unnamed: bool
+    stall_seconds: float = 0.0
     # By what this rank's thread does: its files are on disk or failed; everything it does is done.
     written: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
@@ -56,12 +58,38 @@ class _Save:
     commit_error: Exception | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that is complete.
+
+    Attributes:
+        path: its folder.
+        step: training steps that its weights have seen.
+        base: name of the one that it is an increment of; ``None``: it stands alone.
+        stall_seconds: how long the training stood still for it.
+        write_seconds: how long rank 0 took to write its part.
+        num_bytes: of all ranks' files.
+    """
+
+    path: Path
+    step: int
+    base: str | None
+    stall_seconds: float
+    write_seconds: float
+    num_bytes: int
+
+    def to_values(self) -> dict[str, Any]:
+        """The fields of a ``save`` record (``pipeline.progress``)."""
+        seconds = {"stall_s": self.stall_seconds, "write_s": self.write_seconds}
+        return {"step": self.step, "path": str(self.path), "base": self.base, **seconds, "bytes": self.num_bytes}
+
+
 class AsyncSaver:
     """Saves checkpoints of one run while its training goes on (all methods but ``close`` are collective).
 
     At most one save is under way: the next one waits for it. Wait also before anything else writes into the folder.
-    Memory: one copy of what this rank writes (of an
-    increment, of the touched rows), given back tensor by tensor as it reaches the disk.
+    Memory: one copy of what this rank writes (of an increment, of the touched rows), given back tensor by tensor as
+    it reaches the disk.
 
     Attributes:
         snapshot_seconds: how long the training stood still for the last ``save``, all in all.
@@ -69,7 +97,13 @@ class AsyncSaver:
     """
 
     def __init__(
-        self, directory: Path, comm: Comm, *, keep: int | None = None, memory_limit_bytes: int | None = None
+        self,
+        directory: Path,
+        comm: Comm,
+        *,
+        keep: int | None = None,
+        memory_limit_bytes: int | Callable[[], int] | None = None,
+        on_saved: Callable[[Saved], None] | None = None,
     ) -> None:
         """Write nothing yet.
 
@@ -78,7 +112,8 @@ class AsyncSaver:
             comm: the ranks that write; used in the caller's thread only.
             keep: how many unnamed checkpoints stay when a new one is there; ``None``: all.
             memory_limit_bytes: a copy larger than this on any rank is not made: all ranks then save at once, and
-                the training waits. ``None``: no limit.
+                the training waits. A function is asked at every save. ``None``: no limit; 0: never a copy.
+            on_saved: told of every complete checkpoint, on rank 0, as a rule by another thread.
         """
         self.directory = Path(directory)
         self.comm = comm
@@ -86,6 +121,7 @@ class AsyncSaver:
         self.write_seconds = 0.0
         self._keep = keep
         self._limit = memory_limit_bytes
+        self._on_saved = on_saved
         self._save: _Save | None = None
 
     def __enter__(self) -> Self:
@@ -129,29 +165,41 @@ class AsyncSaver:
         target = target_of(self.directory, name, step)
         whole: list[tuple[str, list[Part]]] = []
 
-        def measure() -> int:
+        def fits() -> bool:
             whole.extend(all_parts(tensors, base, touched or {}))
-            return sum(part.nbytes for _, parts in whole for part in parts)
+            limit = self._limit() if callable(self._limit) else self._limit
+            return limit is None or sum(part.nbytes for _, parts in whole for part in parts) <= limit
 
-        sizes = everywhere(self.comm, target, measure)
-        if self._limit is not None and max(sizes) > self._limit:
-            whole.clear()
-            save_checkpoint(
-                self.directory,
-                step=step,
-                tensors=tensors,
-                meta=meta,
-                comm=self.comm,
-                name=name,
-                base=base,
-                touched=touched,
-            )
-            on_rank_0(self.comm, target, lambda: self._prune(unnamed=name is None))
-        else:
-            self._save = self._begin(target, step, meta, base, whole, unnamed=name is None)
-            threading.Thread(target=self._run, args=(self._save,), name="checkpoint", daemon=True).start()
-        self.snapshot_seconds = time.perf_counter() - started
+        if all(everywhere(self.comm, target, fits)):
+            save = self._save = self._begin(target, step, meta, base, whole, unnamed=name is None)
+            self.snapshot_seconds = save.stall_seconds = time.perf_counter() - started
+            threading.Thread(target=self._run, args=(save,), name="checkpoint", daemon=True).start()
+            return target
+        with contextlib.ExitStack() as lock:
+            scratch = self.directory / on_rank_0(self.comm, target, lambda: begin(self.directory, target, base, lock))
+            save = _Save(target, scratch, step, dict(meta), base, whole, lock, unnamed=name is None)
+            self._write_at_once(save, started)
         return target
+
+    def _write_at_once(self, save: _Save, started: float) -> None:
+        """Write without a copy, every rank in its own thread."""
+        try:
+            shards = everywhere(
+                self.comm, save.target, lambda: write_shard(save.scratch, self.comm.rank, _released(save.parts))
+            )
+            self.write_seconds = time.perf_counter() - started
+
+            def finish() -> str:
+                save.stall_seconds = time.perf_counter() - started
+                self._finish(save, shards)
+                return save.target.name
+
+            on_rank_0(self.comm, save.target, finish)
+        except CheckpointError:
+            if self.comm.rank == 0:
+                shutil.rmtree(save.scratch, ignore_errors=True)
+            raise
+        self.snapshot_seconds = time.perf_counter() - started
 
     def wait(self) -> Path | None:
         """Return once the save under way is done.
@@ -243,8 +291,17 @@ class AsyncSaver:
             return
         for rank in range(self.comm.size):
             _receipt(save.scratch, rank).unlink()
+        self._finish(save, shards)
+
+    def _finish(self, save: _Save, shards: Sequence[Mapping[str, Any]]) -> None:
+        """Name what all ranks have written, tell of it, and prune (rank 0)."""
         commit(save.scratch, save.target, save.step, save.meta, shards, save.base)
-        self._prune(unnamed=save.prune)
+        if self._on_saved is not None:
+            base = None if save.base is None else save.base.name
+            sizes = self.write_seconds, stored_bytes(shards)
+            self._on_saved(Saved(save.target, save.step, base, save.stall_seconds, *sizes))
+        if save.unnamed and self._keep is not None:
+            prune_checkpoints(self.directory, self._keep)
 
     def _receipts(self, save: _Save) -> list[Any] | None:
         """What every rank wrote, as soon as it has; ``None`` if one of them failed."""
@@ -274,11 +331,6 @@ class AsyncSaver:
         if self.comm.rank == 0:
             save.ended.wait(_VISIBLE_S)
             shutil.rmtree(save.scratch, ignore_errors=True)
-
-    def _prune(self, *, unnamed: bool) -> str:
-        if unnamed and self._keep is not None:
-            prune_checkpoints(self.directory, self._keep)
-        return ""
 
 
 def _plain(meta: Mapping[str, Any]) -> dict[str, Any]:

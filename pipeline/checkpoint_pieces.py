@@ -240,6 +240,13 @@ def join_shards(shards: Sequence[Mapping[str, Any]]) -> dict[str, TensorEntry]:
     return tensors
 
 
+def stored_bytes(shards: Sequence[Mapping[str, Any]]) -> int:
+    """Bytes of all files that the ranks wrote, as of ``join_shards``; one that several pieces share counts once."""
+    pieces = [piece for shard in shards for values in shard.values() for piece in values["pieces"]]
+    files = {file["file"]: file["bytes"] for piece in pieces for file in (piece, piece.get("numbers", piece))}
+    return sum(files.values())
+
+
 # --- reading
 
 

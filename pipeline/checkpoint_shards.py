@@ -42,6 +42,16 @@ def pieces_of_shards(
     return tensors
 
 
+def touched_of_shards(shards: Iterable[Shard], rank: int) -> dict[str, list[Array | None]]:
+    """Which rows of what ``pieces_of_shards`` returns were updated, in the same order; of tracked shards only."""
+    touched: dict[str, list[Array | None]] = {}
+    for shard in shards:
+        if shard.touched is not None and not (shard.replicated and rank):
+            for name in _arrays(shard, states=True):
+                touched.setdefault(name, []).append(shard.touched)
+    return touched
+
+
 def read_shards(
     checkpoint: Checkpoint, shards: Iterable[Shard], shapes: Mapping[str, tuple[int, int]], *, states: bool
 ) -> None:

@@ -9,7 +9,8 @@ Every line of ``progress.jsonl`` is one object with ``type`` and ``time`` (secon
            process's first step, which may compile; ``null`` if that was the only one), ``loss``
            (mean over the global batch of this step), ``lr``, ``stages_ms`` (mean per step by stage)
 ``eval``   ``step``, ``split``, ``seconds``, ``samples``, ``metrics`` (see ``pipeline.metrics.Metrics``)
-``save``   ``step``, ``path``
+``save``   a checkpoint is complete: ``step``, ``path``, ``base`` (of an increment, its name),
+           ``stall_s`` (the training stood still), ``write_s`` (rank 0 took to write), ``bytes``
 ``end``    ``step``, ``reason`` (``finished``, ``target``, ``early_stop``, ``stopped``), ``seconds``
 ``error``  ``error`` (class), ``message``, ``exit_code``, ``rank``
 ========== =====================================================================================
@@ -20,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,7 @@ class ProgressWriter:
     def __init__(self, path: Path | None) -> None:
         """Open for appending; ``None`` (every rank but 0) writes nothing."""
         self._file = path.open("a", encoding="utf-8") if path else None
+        self._lock = threading.Lock()  # the heartbeat and the writer of checkpoints have threads of their own
         if path and _is_torn(path):  # or the first record would be lost with the torn one
             self._write_line("")
 
@@ -51,8 +54,9 @@ class ProgressWriter:
 
     def _write_line(self, text: str) -> None:
         assert self._file is not None
-        self._file.write(text + "\n")
-        self._file.flush()
+        with self._lock:
+            self._file.write(text + "\n")
+            self._file.flush()
 
 
 def read_records(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:

@@ -17,19 +17,15 @@ from dlrm.errors import CommError, CrosslaneError
 from embedding.comm import Comm
 from embedding.heartbeat import Heartbeat
 from pipeline import stop
-from pipeline.checkpoint import (
-    Checkpoint,
-    latest_checkpoint,
-    open_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from pipeline.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
+from pipeline.checkpoint_async import Saved
 from pipeline.engine import Engine, build_engine
 from pipeline.evaluator import Evaluation, Evaluator, final_split
 from pipeline.flight import Flight
 from pipeline.loader import Loader, steps_per_epoch
 from pipeline.progress import ProgressWriter
 from pipeline.resumption import check_resumable, rule_changed
+from pipeline.saving import RunSaver
 from pipeline.schedule import TRAIN_SEQUENTIAL, StageClock, execute, ring_size
 from pipeline.summary import report_of, write_report
 
@@ -129,7 +125,7 @@ class Trainer:
             self._resume_or_initialise()
             self._began = began - self.course.seconds
             self._write_start()
-            with Heartbeat(self.comm, self.engine.topology, on_lost=self._note_lost):
+            with Heartbeat(self.comm, self.engine.topology, on_lost=self._note_lost), self._make_saver() as self._saver:
                 reason = self.course.ended or self._steps()
                 return self._finish(reason)
         finally:
@@ -332,25 +328,28 @@ class Trainer:
 
     def _save(self, name: str | None = None) -> Path:
         self.course.seconds = time.perf_counter() - self._began
-        path = save_checkpoint(
+        meta = {
+            "config": to_values(self.config),
+            "model": self.engine.describe_model(),
+            "plan": self.engine.plan.to_values(),
+            "ranks": self.comm.size,
+            "threads": self.engine.threads,
+            "course": asdict(self.course),
+        }
+        return self._saver.save(step=self.course.step, meta=meta, name=name)
+
+    def _make_saver(self) -> RunSaver:
+        return RunSaver(
             self.checkpoints,
-            step=self.course.step,
-            tensors=self.engine.tensors(),
-            meta={
-                "config": to_values(self.config),
-                "model": self.engine.describe_model(),
-                "plan": self.engine.plan.to_values(),
-                "ranks": self.comm.size,
-                "threads": self.engine.threads,
-                "course": asdict(self.course),
-            },
-            comm=self.comm,
-            name=name,
+            self.engine,
+            self.config.checkpoint,
+            keep=self.config.train.keep_checkpoints,
+            resumed=self._latest,
+            on_saved=self._note_saved,
         )
-        self._progress.write("save", step=self.course.step, path=str(path))
-        if name is None and self.comm.rank == 0:
-            prune_checkpoints(self.checkpoints, self.config.train.keep_checkpoints)
-        return path
+
+    def _note_saved(self, saved: Saved) -> None:
+        self._progress.write("save", **saved.to_values())
 
     def _finish(self, reason: Reason) -> TrainResult:
         resumed_at_end = self.course.ended is not None
@@ -361,8 +360,10 @@ class Trainer:
         if reason != "stopped":
             if self.config.train.early_stop and self.course.best_step:
                 checkpoint = self.checkpoints / "best"
+                self._saver.wait()
                 self.engine.load_checkpoint(open_checkpoint(checkpoint, comm=self.comm), states=False)
             evaluation = self._evaluate(final_split(self.engine))
+            self._saver.wait()  # nothing is reported of a run whose last checkpoint is not on disk
             if self.comm.rank == 0:
                 report = report_of(
                     self.engine,
@@ -382,6 +383,7 @@ class Trainer:
                     },
                 )
                 write_report(self.directory, report)
+        self._saver.wait()
         self._progress.write("end", step=self.course.step, reason=reason, seconds=time.perf_counter() - self._began)
         return TrainResult(self.directory, self.course.step, reason, checkpoint, report)
 

@@ -108,6 +108,6 @@ def test_no_replicated_rows_need_no_reduction() -> None:
         rows = build(comm, rows=(0,))
         sent = step(rows, np.arange(3, dtype=np.int32), np.ones((3, 4)), 10)
         assert sent["all_reduce"] == 0
-        assert rows.shards == []
+        assert rows.shards() == []
 
     rank_threads.run_ranks(2, work)
