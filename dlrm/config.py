@@ -173,6 +173,18 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class OverlapConfig:
+    """Whether the dense lane and the embedding lane run beside each other."""
+
+    train: bool | Literal["always"] = True
+    """In training: ``true``, unless no gain is predicted; ``always``, even then."""
+    eval: bool | Literal["always"] = True
+    """In evaluation, likewise."""
+    depth: Annotated[int, Field(ge=1, le=4)] = 3
+    """Most batches in flight."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class RunSection:
     """Where a run writes, and what it starts from."""
 
@@ -200,6 +212,7 @@ class RunConfig:
     train: TrainConfig = Field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    overlap: OverlapConfig = Field(default_factory=OverlapConfig)
     run: RunSection = Field(default_factory=RunSection)
 
     def __post_init__(self) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+
+from dlrm.host_streams import host_streams, lane_threads
 
 Array: TypeAlias = Any
 """An array of ``device.xp``: ``numpy.ndarray`` on the host."""
@@ -68,40 +69,35 @@ class Device(Protocol):
         """Copy a device array into the host array ``out``, in the order of the current stream; returns it."""
         ...
 
-    def on(self, stream: str) -> AbstractContextManager[None]:
-        """Issue what is called inside the ``with`` block on ``stream``."""
-        ...
-
-    def record(self, stream: str) -> Event:
-        """An event after everything that has been issued on ``stream``."""
-        ...
-
-    def wait(self, event: Event) -> None:
-        """Let the current stream go on only after ``event``."""
+    def streams(self, names: Sequence[str]) -> AbstractContextManager[Streams]:
+        """In-order queues of these names, for as long as the ``with`` block lasts."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class HostEvent:
-    """An event of the host's queue: work is done when its call returns, so it has always happened."""
+class Streams(Protocol):
+    """In-order queues of work that run beside each other."""
 
-    stream: str
+    def issue(self, stream: str, work: Callable[[], None], after: Sequence[Event] = ()) -> Event:
+        """Have ``work`` done on ``stream``: behind what was issued there before, and behind ``after``.
 
-    def done(self) -> bool:
-        """Whether everything issued before it has ended: always."""
-        return True
+        ``work`` is called by the caller or by the stream's own thread; what it starts belongs to ``stream``.
+        """
+        ...
 
-    def synchronize(self) -> None:
-        """Return at once."""
+    def join(self, events: Sequence[Event]) -> None:
+        """Order what is issued from now on, on whatever stream, behind ``events``; the host reads results behind it.
+
+        Raises:
+            Exception: what failed on any stream.
+        """
+        ...
 
 
 class HostDevice:
-    """The CPU: NumPy arrays, BLAS products, compiled kernels, and one in-order queue that runs inline.
-
-    Every stream name means that queue.
+    """The CPU: NumPy arrays, BLAS products, compiled kernels; streams are worker threads (``host_streams.py``).
 
     Args:
-        threads: threads that the compiled kernels of the calling thread may use; ``None``: leave numba's setting.
+        threads: threads that BLAS and the compiled kernels may use; ``None``: leave their settings.
         compiled: ``False``: never hand out a kernel, so that the references run (tests).
     """
 
@@ -110,6 +106,7 @@ class HostDevice:
     def __init__(self, threads: int | None = None, *, compiled: bool = True) -> None:
         self.compiled = compiled
         self.threads = threads or 1
+        self._lanes = lane_threads(threads) if compiled and threads is not None else None
         self._kernels: dict[tuple[str, str], Kernel | None] = {}
         if compiled and threads is not None:
             import numba  # here: half a second that a reference run need not pay
@@ -161,15 +158,6 @@ class HostDevice:
         np.copyto(out, array, casting="safe")
         return out
 
-    @contextmanager
-    def on(self, stream: str) -> Iterator[None]:  # noqa: ARG002 - all names mean the one queue
-        """Issue what is called inside the ``with`` block on the queue."""
-        yield
-
-    def record(self, stream: str) -> Event:
-        """An event after everything that has been issued."""
-        return HostEvent(stream)
-
-    def wait(self, event: Event) -> None:
-        """Go on after ``event``, which on an inline queue has happened."""
-        event.synchronize()
+    def streams(self, names: Sequence[str]) -> AbstractContextManager[Streams]:
+        """One name: a queue that runs inline. Several: a worker thread each (see ``host_streams.lane_threads``)."""
+        return host_streams(names, self._lanes)

@@ -8,7 +8,8 @@ Two ways to sum:
 
 The compact way never sends more bytes, but it takes one more collective. So the way is chosen for every batch, with
 the start of a collective counted as so many bytes. The choice needs the number of touched rows before it is known: it
-is predicted from the latest batch, whose number every rank knows, so that all choose alike.
+is predicted from an earlier batch, whose number every rank knows, so that all choose alike. That is the batch four
+before: its update is done, however many batches a schedule runs ahead, so that the choice does not depend on that.
 
 Replicas stay equal bit for bit: an all-reduce leaves the same numbers on every rank, and the update of a row depends
 on nothing else.
@@ -34,6 +35,8 @@ from embedding.table import Part, Shard, create_shards, with_touched
 _ONE_TABLE = np.zeros(1, np.int64)
 _SUM = np.zeros(1, np.bool_)
 _NO_ROWS = np.empty(0, np.int32)
+_LAG = 4
+"""Batches between one and those that its prediction looks at: as many as may be in flight."""
 
 
 def compact_bytes(rows: int, touched: float, dim: int, itemsize: int) -> float:
@@ -101,7 +104,8 @@ class ReplicatedRows:
         self._start_bytes = start_bytes
         self._scratch = UpdateScratch.create(self.rows)
         self._compact = np.empty(self.rows, np.int32)
-        self._latest: tuple[int, int] | None = None  # touched rows, global rows
+        self._batches = 0
+        self._touched: dict[int, tuple[int, int]] = {}  # of the latest batches: touched rows, global rows
         self._gradients = np.empty(0, dtype)
 
     def shards(self) -> list[Shard]:
@@ -116,12 +120,17 @@ class ReplicatedRows:
         """Forget which rows were updated."""
         self._scratch.clear_touched()
 
-    def predicted_touched(self, global_rows: int) -> float:
-        """Rows that a batch is expected to touch: as the latest did, in proportion to their sizes."""
-        if self._latest is None:
+    def predicted_touched(self, number: int, global_rows: int) -> float:
+        """Rows that batch ``number`` is expected to touch: as an earlier one did, in proportion to their sizes."""
+        known = self._touched.get(number - _LAG)
+        if known is None:
             return float(np.minimum(self._limits, self._hotness * global_rows).sum())
-        touched, rows = self._latest
+        touched, rows = known
         return min(float(self.rows), touched * global_rows / rows)
+
+    def _note_touched(self, number: int, touched: int, global_rows: int) -> None:
+        self._touched[number] = touched, max(1, global_rows)
+        self._touched.pop(number - 2 * _LAG, None)
 
     def find_touched(self, buffers: BatchBuffers, slots: Array) -> Array | None:
         """Choose the way for a batch and, for the compact one, find the rows that the global batch touches.
@@ -139,7 +148,10 @@ class ReplicatedRows:
         if not self.rows:
             return _NO_ROWS
         itemsize = self._dtype.itemsize
-        compact = compact_bytes(self.rows, self.predicted_touched(buffers.global_rows), self._dim, itemsize)
+        number = buffers.number = self._batches
+        self._batches += 1
+        predicted = self.predicted_touched(number, buffers.global_rows)
+        compact = compact_bytes(self.rows, predicted, self._dim, itemsize)
         if compact + self._start_bytes >= dense_bytes(self.rows, self._dim, itemsize):
             return None
         marks = buffers.room("marks", np.uint8, self.rows)
@@ -148,7 +160,7 @@ class ReplicatedRows:
         self._comm.all_reduce(marks, "max").wait()
         buffers.sent["all_reduce"] = ring_bytes(marks.nbytes, self._comm.size)
         found = np.flatnonzero(marks.view(np.bool_))
-        self._latest = len(found), max(1, buffers.global_rows)
+        self._note_touched(number, len(found), buffers.global_rows)
         return found
 
     def sums(self, touched: Array | None) -> tuple[Array, Array]:
@@ -191,11 +203,11 @@ class ReplicatedRows:
         buffers.sent["all_reduce"] += ring_bytes(whole.nbytes, self._comm.size)
         return self._comm.all_reduce(whole)
 
-    def update(self, global_rows: int, touched: Array | None, lr: float, step: int) -> None:
+    def update(self, buffers: BatchBuffers, touched: Array | None, lr: float, step: int) -> None:
         """Update the touched rows with what ``start_reduce`` summed; the same on every rank.
 
         Args:
-            global_rows: G.
+            buffers: the batch's.
             touched: what ``find_touched`` returned.
             lr: learning rate of this step.
             step: t, from 1.
@@ -208,7 +220,7 @@ class ReplicatedRows:
             found = self._gradients[self.rows * self._dim : self.rows * (self._dim + 1)] > 0
             offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(found, dtype=np.int64)])
             touched = np.flatnonzero(found)
-            self._latest = len(touched), max(1, global_rows)
+            self._note_touched(buffers.number, len(touched), buffers.global_rows)
         if not len(touched):
             return
         update_rows(

@@ -282,7 +282,7 @@ class RowGroup:
                 device=self._device,
             )
         if self._layout.frequent:
-            self._replicated.update(buffers.global_rows, buffers.touched, lr, step)
+            self._replicated.update(buffers, buffers.touched, lr, step)
 
     def _fetch(self, rows: Array, out: Array, buffers: RowBuffers) -> Finish:
         """Start to send the rows that were asked for; what is returned waits, and has this rank's in ``out``."""

@@ -22,6 +22,7 @@ from embedding.topology import Topology, discover
 from pipeline.checkpoint import Checkpoint, check_compatible
 from pipeline.checkpoint_shards import pieces_of_shards, read_shards
 from pipeline.dataset import Dataset, load_dataset
+from pipeline.overlap import Schedule, choose, no_gain_on_host
 from pipeline.plan_agreement import agree_plan
 from pipeline.stages import Stages
 from pipeline.weights import check_weights, load_weights
@@ -29,7 +30,11 @@ from pipeline.weights import check_weights, load_weights
 
 @dataclass(slots=True, kw_only=True)
 class Engine:
-    """A model over its ranks, ready to train or to score."""
+    """A model over its ranks, ready to train or to score.
+
+    Attributes:
+        comm: all ranks, for whatever is done between steps; each lane has a communicator of its own.
+    """
 
     config: RunConfig
     dataset: Dataset
@@ -42,6 +47,8 @@ class Engine:
     embedding: HybridEmbedding
     optimizer: DenseOptimizer
     stages: Stages
+    train_schedule: Schedule
+    eval_schedule: Schedule
 
     def describe_model(self) -> dict[str, Any]:
         """What a checkpoint has to match, as JSON values."""
@@ -140,29 +147,34 @@ def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved_plan: Map
     )
     topology = discover(comm)
     plan = agree_plan(config, dataset, comm=comm, topology=topology, device=device, saved=saved_plan)
+    # A lane has its own order of collectives, which must not meet those of another one.
+    embedding_comm, dense_comm = (comm.split(0, comm.rank) for _ in range(2))
     embedding = HybridEmbedding(
         specs=plan.specs,
         plan=plan,
-        comm=comm,
+        comm=embedding_comm,
         device=device,
         optimizer=config.table_optimizer,
         dtype=dtype,
         seed=config.seed,
         first=model.first,
         exchange_precision=config.embedding.exchange_precision,
-        all_to_all=Hierarchical(comm, topology) if plan.all_to_all == "hierarchical" else Flat(comm),
+        all_to_all=Hierarchical(embedding_comm, topology)
+        if plan.all_to_all == "hierarchical"
+        else Flat(embedding_comm),
     )
     optimizer = DenseOptimizer(config.optimizer, model.flat_parameters.size, dtype, device)
     stages = Stages(
         model=model,
         embedding=embedding,
-        comm=comm,
+        comm=dense_comm,
         device=device,
         optimizer=optimizer,
         dense_lr=config.optimizer.lr,
         table_lr=config.table_optimizer.lr,
         rates=config.learning_rate,
     )
+    no_gain = no_gain_on_host(comm.size, topology.num_nodes)
     return Engine(
         config=config,
         dataset=dataset,
@@ -175,6 +187,8 @@ def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved_plan: Map
         embedding=embedding,
         optimizer=optimizer,
         stages=stages,
+        train_schedule=choose(config.overlap, "train", no_gain),
+        eval_schedule=choose(config.overlap, "eval", no_gain),
     )
 
 

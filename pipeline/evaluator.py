@@ -16,7 +16,7 @@ from pipeline.engine import Engine
 from pipeline.flight import Flight
 from pipeline.loader import Loader
 from pipeline.metrics import Metrics, evaluate_scores
-from pipeline.schedule import EVAL_SEQUENTIAL, execute, ring_size
+from pipeline.schedule import execute, ring_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Evaluator:
             Flight.allocate(
                 capacity, model=engine.model, embedding=engine.embedding, device=engine.device, training=False
             )
-            for _ in range(ring_size(EVAL_SEQUENTIAL))
+            for _ in range(ring_size(engine.eval_schedule.rows))
         ]
         rows = sum(self._share(start) for start in range(0, split.rows, self.batch_size))
         self._logits = np.empty(rows, engine.model.dtype)
@@ -73,7 +73,7 @@ class Evaluator:
         at = 0
         with loader:
             for flight in execute(
-                EVAL_SEQUENTIAL,
+                engine.eval_schedule.rows,
                 stages=engine.stages,
                 ring=self._ring,
                 batches=iter(loader),

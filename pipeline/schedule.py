@@ -1,16 +1,16 @@
 """Which stage, on which stream, after what, how many batches ahead: tables of rows and one short executor.
 
-``after`` names stages of the same batch. Tick k issues every row for batch ``k + ahead``; ticks start below zero,
-so that filling and draining need no code of their own, and all streams are joined at a tick's end. The ring holds
-``1 + max(ahead)`` Flights.
+Tick k issues every row for batch ``k + ahead``, in the order of the table; ticks start below zero, so that filling and
+draining need no code of their own. Work on one stream keeps that order, and a tick begins once the one before has
+ended: ``after`` names what else a row waits for, stages of the same batch. The ring holds ``1 + max(ahead)`` Flights.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from dlrm.device import Device, Event
 from pipeline.flight import Flight
@@ -28,46 +28,63 @@ class Row:
     ahead: int = 0
 
 
-TRAIN_SEQUENTIAL = (
-    Row(S.upload, "main"),
-    Row(S.input_dist, "main", after=(S.upload,)),
-    Row(S.lookup, "main", after=(S.input_dist,)),
-    Row(S.output_dist, "main", after=(S.lookup,)),
-    Row(S.bottom_forward, "main", after=(S.upload,)),
-    Row(S.top_forward, "main", after=(S.output_dist, S.bottom_forward)),
-    Row(S.loss, "main", after=(S.top_forward,)),
-    Row(S.top_backward, "main", after=(S.loss,)),
-    Row(S.grad_dist, "main", after=(S.top_backward,)),
-    Row(S.bottom_backward, "main", after=(S.top_backward,)),
-    Row(S.reduce_dense, "main", after=(S.bottom_backward,)),
-    Row(S.sparse_update, "main", after=(S.grad_dist,)),
-    Row(S.dense_update, "main", after=(S.reduce_dense,)),
-)
-
+TRAIN_SEQUENTIAL = tuple(Row(stage, "main") for stage in S)
 EVAL_SEQUENTIAL = TRAIN_SEQUENTIAL[:6]  # forward only: up to the logits
 
+# Rows are looked up after the last update, so that none is stale: what runs beside the dense lane is the exchange of
+# the same batch, and upload and keys of later ones.
+TRAIN_OVERLAPPED = (
+    Row(S.upload, "copy", ahead=3),
+    Row(S.lookup, "embedding", after=(S.input_dist,)),
+    Row(S.output_dist, "comm", after=(S.lookup,)),
+    Row(S.input_dist, "comm", after=(S.upload,), ahead=1),
+    Row(S.bottom_forward, "dense", after=(S.upload,)),
+    Row(S.top_forward, "dense", after=(S.output_dist,)),
+    Row(S.loss, "dense"),
+    Row(S.top_backward, "dense"),
+    Row(S.grad_dist, "comm", after=(S.top_backward,)),
+    Row(S.bottom_backward, "dense"),
+    Row(S.reduce_dense, "comm", after=(S.bottom_backward,)),
+    Row(S.sparse_update, "embedding", after=(S.grad_dist,)),
+    Row(S.dense_update, "dense", after=(S.reduce_dense,)),
+)
 
-class StageClock:
-    """Seconds spent per stage since the last reading."""
+# The dense part of batch i beside the whole embedding lane of batch i + 1; one deeper, beside the keys of i + 2 too.
+EVAL_OVERLAPPED = (
+    Row(S.upload, "copy", ahead=3),
+    Row(S.input_dist, "comm", after=(S.upload,), ahead=2),
+    Row(S.lookup, "embedding", after=(S.input_dist,), ahead=1),
+    Row(S.output_dist, "comm", after=(S.lookup,), ahead=1),
+    Row(S.bottom_forward, "dense", after=(S.upload,)),
+    Row(S.top_forward, "dense", after=(S.output_dist,)),
+)
 
-    def __init__(self) -> None:
-        """Start at zero."""
-        self._seconds: defaultdict[S, float] = defaultdict(float)
 
-    def add(self, stage: S, seconds: float) -> None:
-        """Count one run of a stage."""
-        self._seconds[stage] += seconds
+def at_depth(rows: Sequence[Row], depth: int) -> tuple[Row, ...]:
+    """A schedule with at most ``depth`` batches in flight.
 
-    def take_ms(self, steps: int) -> dict[str, float]:
-        """Mean milliseconds per step by stage since the last call."""
-        means = {str(stage): 1e3 * seconds / max(steps, 1) for stage, seconds in self._seconds.items()}
-        self._seconds.clear()
-        return means
+    What runs beside an earlier batch may stand behind its rows in the table; with one batch, the order is that of
+    ``S``.
+    """
+    capped = tuple(replace(row, ahead=min(row.ahead, depth - 1)) for row in rows)
+    return capped if depth > 1 else tuple(sorted(capped, key=lambda row: list(S).index(row.stage)))
 
 
 def ring_size(rows: Sequence[Row]) -> int:
     """Flights that a schedule needs."""
     return 1 + max(row.ahead for row in rows)
+
+
+def stream_names(rows: Sequence[Row]) -> list[str]:
+    """Streams of a schedule, each once."""
+    return list(dict.fromkeys(row.stream for row in rows))
+
+
+class Clock(Protocol):
+    """Told of every run of a stage."""
+
+    def add(self, row: Row, number: int, start: float, end: float) -> None:
+        """Count one run, of batch ``number`` from 0, between two readings of ``time.perf_counter``."""
 
 
 def execute(
@@ -77,39 +94,43 @@ def execute(
     ring: Sequence[Flight],
     batches: Iterator[LoadedBatch],
     device: Device,
-    clock: StageClock | None = None,
+    clock: Clock | None = None,
 ) -> Iterator[Flight]:
     """Run a schedule over all batches; yields each batch's Flight once its last stage is done.
 
-    The caller may read the Flight, evaluate or save until it asks for the next one.
+    The caller may read the Flight, evaluate or save until it asks for the next one: nothing is under way meanwhile.
     """
-    most_ahead = max(row.ahead for row in rows)
-    done: dict[tuple[S, int], Event] = {}
-    issued = 0
-    exhausted = False
+    most_ahead = ring_size(rows) - 1
+    ahead = {row.stage: row.ahead for row in rows}
+    issued, exhausted = 0, False
     tick = -most_ahead
-    while not exhausted or tick < issued:
-        batch = None if exhausted else next(batches, None)
-        if batch is None:
-            exhausted = True
-        else:
-            ring[issued % len(ring)].accept(batch)
-            issued += 1
-        for row in rows:
-            number = tick + row.ahead
-            if not 0 <= number < issued:
-                continue
-            with device.on(row.stream):
-                for stage in row.after:
-                    device.wait(done[stage, number])
-                start = time.perf_counter()
-                stages.run(row.stage, ring[number % len(ring)])
-                if clock is not None:
-                    clock.add(row.stage, time.perf_counter() - start)
-                done[row.stage, number] = device.record(row.stream)
-        for row in rows:
-            if event := done.pop((row.stage, tick), None):
-                device.wait(event)
-        if 0 <= tick < issued:
-            yield ring[tick % len(ring)]
-        tick += 1
+    with device.streams(stream_names(rows)) as streams:
+        while not exhausted or tick < issued:
+            batch = None if exhausted else next(batches, None)
+            if batch is None:
+                exhausted = True
+            else:
+                ring[issued % len(ring)].accept(batch)
+                issued += 1
+            events: dict[S, Event] = {}
+            for row in rows:
+                number = tick + row.ahead
+                if 0 <= number < issued:
+                    # A stage that is further ahead has run in an earlier tick.
+                    after = [events[stage] for stage in row.after if ahead[stage] == row.ahead]
+                    work = _work(stages, row, number, ring[number % len(ring)], clock)
+                    events[row.stage] = streams.issue(row.stream, work, after)
+            streams.join(list(events.values()))
+            if 0 <= tick < issued:
+                yield ring[tick % len(ring)]
+            tick += 1
+
+
+def _work(stages: Stages, row: Row, number: int, flight: Flight, clock: Clock | None) -> Callable[[], None]:
+    def run() -> None:
+        start = time.perf_counter()
+        stages.run(row.stage, flight)
+        if clock is not None:
+            clock.add(row, number, start, time.perf_counter())
+
+    return run

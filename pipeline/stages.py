@@ -41,7 +41,13 @@ class S(StrEnum):
 StageFunction = TypeVar("StageFunction", bound=Callable[..., None])
 
 FIELDS: dict[S, tuple[frozenset[str], frozenset[str]]] = {}
-"""Per stage the Flight fields that it reads and those that it writes; ``weights.*`` are the stages' own."""
+"""Per stage the fields that it reads and those that it writes; ``tests/pipeline/test_order.py`` proves by them that
+a schedule lets no stage read too early or overwrite too soon. Fields of ``SHARED`` are the stages' own, of all batches;
+all others belong to the batch's Flight (``vectors``, ``grad_vectors``, ``activations``, ``logits`` and ``scratch`` to
+its workspace; place 0 of the vectors is ``bottom``)."""
+
+SHARED = ("weights", "gradients", "embedding.replicated", "exchange")
+"""``exchange.pool`` and ``embedding.replicated`` are room that one batch uses at a time."""
 
 
 def uses(reads: str, writes: str) -> Callable[[StageFunction], StageFunction]:
@@ -87,7 +93,7 @@ class Stages:
         """Run one stage by name."""
         getattr(self, stage)(flight)
 
-    @uses(reads="batch", writes="labels dense keys")
+    @uses(reads="batch", writes="batch labels dense keys")
     def upload(self, flight: Flight) -> None:
         """Copy the loader's batch to the device, in the model's precision."""
         assert flight.batch is not None
@@ -97,34 +103,36 @@ class Stages:
         flight.keys = host.keys
         flight.batch = None
 
-    @uses(reads="keys", writes="embedding.keys")
+    @uses(reads="keys", writes="embedding.keys exchange.pool")
     def input_dist(self, flight: Flight) -> None:
         """Send every table's keys to the table's owner."""
         assert flight.keys is not None
         self.embedding.input_dist(flight.keys, flight.embedding, flight.global_rows)
 
-    @uses(reads="embedding.keys weights.tables", writes="embedding.pooled")
+    @uses(reads="keys embedding.keys weights.tables", writes="embedding.rows vectors.tables")
     def lookup(self, flight: Flight) -> None:
         """Owners gather and pool their rows for the global batch."""
         self.embedding.lookup(flight.embedding)
 
-    @uses(reads="embedding.pooled embedding.keys weights.tables", writes="workspace.vectors")
+    @uses(
+        reads="keys embedding.keys embedding.rows weights.tables", writes="embedding.rows vectors.tables exchange.pool"
+    )
     def output_dist(self, flight: Flight) -> None:
         """Send rows and pooled vectors to the ranks that need them; replicated rows are pooled here."""
         self.embedding.output_dist(flight.embedding)
 
-    @uses(reads="dense weights.bottom", writes="workspace.bottom workspace.vectors")
+    @uses(reads="dense weights.bottom", writes="activations.bottom vectors.bottom")
     def bottom_forward(self, flight: Flight) -> None:
         """Bottom MLP into place 0 of the vectors."""
         if self.model.first:
             self.model.bottom_forward(flight.dense[: flight.rows], flight.workspace)
 
-    @uses(reads="workspace.vectors weights.top", writes="workspace.top workspace.logits")
+    @uses(reads="vectors.bottom vectors.tables weights.top", writes="activations.top logits")
     def top_forward(self, flight: Flight) -> None:
         """Interaction and top MLP."""
         self.model.top_forward(flight.workspace, flight.rows)
 
-    @uses(reads="workspace.logits labels", writes="workspace.grad_logits loss")
+    @uses(reads="logits labels", writes="grad_logits loss")
     def loss(self, flight: Flight) -> None:
         """Binary cross-entropy and its gradient, divided by the global batch."""
         rows, work = flight.rows, flight.workspace
@@ -134,35 +142,44 @@ class Stages:
         )
 
     @uses(
-        reads="workspace.grad_logits workspace.top workspace.vectors weights.top",
-        writes="workspace.grad_vectors gradients.top",
+        reads="grad_logits activations.top vectors.bottom vectors.tables weights.top",
+        writes="scratch grad_vectors.bottom grad_vectors.tables gradients.top",
     )
     def top_backward(self, flight: Flight) -> None:
         """Top MLP and interaction backward."""
         self.model.top_backward(flight.workspace, flight.rows)
 
-    @uses(reads="workspace.grad_vectors", writes="embedding.gradients")
+    @uses(
+        reads="keys embedding.keys grad_vectors.tables",
+        writes="embedding.rows embedding.replicated exchange.pool",
+    )
     def grad_dist(self, flight: Flight) -> None:
         """Send the vectors' gradients to the tables' owners."""
         self.embedding.grad_dist(flight.embedding)
 
-    @uses(reads="dense workspace.grad_vectors workspace.bottom weights.bottom", writes="gradients.bottom")
+    @uses(
+        reads="dense grad_vectors.bottom activations.bottom vectors.bottom weights.bottom",
+        writes="grad_vectors.bottom scratch gradients.bottom",
+    )
     def bottom_backward(self, flight: Flight) -> None:
         """Bottom MLP backward."""
         if self.model.first:
             self.model.bottom_backward(flight.dense[: flight.rows], flight.workspace, flight.rows)
 
-    @uses(reads="gradients.top gradients.bottom", writes="gradients.sum")
+    @uses(reads="gradients.top gradients.bottom", writes="gradients.top gradients.bottom")
     def reduce_dense(self, flight: Flight) -> None:  # noqa: ARG002  every stage has the same signature
         """Sum the dense gradients over ranks."""
         self.comm.all_reduce(self.model.flat_gradients).wait()
 
-    @uses(reads="embedding.gradients embedding.keys", writes="weights.tables")
+    @uses(
+        reads="keys embedding.keys embedding.rows embedding.replicated grad_vectors.tables weights.tables",
+        writes="weights.tables",
+    )
     def sparse_update(self, flight: Flight) -> None:
         """Owners update the rows that the global batch touched."""
         self.embedding.sparse_update(flight.embedding, self.rate(flight.step, self.table_lr), flight.step)
 
-    @uses(reads="gradients.sum", writes="weights.bottom weights.top")
+    @uses(reads="gradients.top gradients.bottom weights.bottom weights.top", writes="weights.bottom weights.top")
     def dense_update(self, flight: Flight) -> None:
         """Every rank makes the same step with the dense weights."""
         assert self.optimizer is not None

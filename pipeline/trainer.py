@@ -26,8 +26,9 @@ from pipeline.loader import Loader, steps_per_epoch
 from pipeline.progress import ProgressWriter
 from pipeline.resumption import check_resumable, rule_changed
 from pipeline.saving import RunSaver
-from pipeline.schedule import TRAIN_SEQUENTIAL, StageClock, execute, ring_size
+from pipeline.schedule import execute, ring_size
 from pipeline.summary import report_of, write_report
+from pipeline.trace import StageClock
 
 Reason = Literal["finished", "target", "early_stop", "stopped"]
 _HIGHER_IS_BETTER = {"auc", "accuracy"}
@@ -173,6 +174,7 @@ class Trainer:
             ranks=self.comm.size,
             threads=self.engine.threads,
             precision=self.config.precision,
+            overlap={"train": self.engine.train_schedule.to_values(), "eval": self.engine.eval_schedule.to_values()},
             step=self.course.step,
             steps=self.steps,
             samples=self._planned_samples(),
@@ -185,7 +187,7 @@ class Trainer:
             Flight.allocate(
                 capacity, model=engine.model, embedding=engine.embedding, device=engine.device, training=True
             )
-            for _ in range(ring_size(TRAIN_SEQUENTIAL))
+            for _ in range(ring_size(engine.train_schedule.rows))
         ]
         loader = Loader(
             self.split,
@@ -206,7 +208,7 @@ class Trainer:
         self._reset_window()
         with loader:
             for flight in execute(
-                TRAIN_SEQUENTIAL,
+                engine.train_schedule.rows,
                 stages=engine.stages,
                 ring=ring,
                 batches=iter(loader),

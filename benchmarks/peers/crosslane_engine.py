@@ -96,7 +96,8 @@ def main() -> None:
     from timing import repeat, report
 
     from pipeline.flight import Flight
-    from pipeline.schedule import TRAIN_SEQUENTIAL, StageClock, execute, ring_size
+    from pipeline.schedule import TRAIN_SEQUENTIAL, execute, ring_size
+    from pipeline.trace import StageClock
 
     shape = SHAPES[options.shape]
     engine = build(shape, threads, lr=0.01)
