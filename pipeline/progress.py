@@ -4,7 +4,8 @@ Every line of ``progress.jsonl`` is one object with ``type`` and ``time`` (secon
 
 ========== =====================================================================================
 ``start``  ``run`` (name), ``ranks``, ``steps`` (planned in all), ``samples`` (planned in all),
-           ``step`` (0, or where a resumed run goes on), ``precision``, ``threads`` (per rank)
+           ``step`` (0, or where a resumed run goes on), ``precision``, ``threads`` (per rank),
+           ``overlap`` (for ``train`` and ``eval``: ``overlapped``, ``depth``, ``reason``)
 ``step``   ``step``, ``epoch``, ``samples``, ``samples_per_s`` (since the last record, without a
            process's first step, which may compile; ``null`` if that was the only one), ``loss``
            (mean over the global batch of this step), ``lr``, ``stages_ms`` (mean per step by stage)
