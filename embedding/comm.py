@@ -77,6 +77,9 @@ class Comm(Protocol):
     def barrier(self) -> None:
         """Return once every rank has called it."""
 
+    def progress(self) -> None:
+        """Let what is under way go on; returns at once. For whoever computes while messages travel."""
+
     def abort(self, code: int) -> NoReturn:
         """End every rank at once with exit code ``code``."""
 
@@ -130,6 +133,9 @@ class SingleComm:
 
     def barrier(self) -> None:
         """See ``Comm.barrier``."""
+
+    def progress(self) -> None:
+        """See ``Comm.progress``."""
 
     def abort(self, code: int) -> NoReturn:
         """See ``Comm.abort``."""

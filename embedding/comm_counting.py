@@ -112,6 +112,10 @@ class CountingComm:
         """See ``Comm.barrier``."""
         self.comm.barrier()
 
+    def progress(self) -> None:
+        """See ``Comm.progress``."""
+        self.comm.progress()
+
     def abort(self, code: int) -> NoReturn:
         """See ``Comm.abort``."""
         self.comm.abort(code)

@@ -158,6 +158,13 @@ class MpiComm:
         """See ``Comm.barrier``."""
         self._start("Ibarrier").wait()
 
+    def progress(self) -> None:
+        """See ``Comm.progress``: looking for a message moves all that is under way in this process."""
+        try:
+            self._comm.Iprobe()
+        except self._mpi.Exception as error:
+            raise _comm_error("Iprobe", error) from None
+
     def abort(self, code: int) -> NoReturn:
         """See ``Comm.abort``."""
         self._comm.Abort(code)

@@ -22,6 +22,7 @@ import numpy as np
 from dlrm.config import OptimizerConfig
 from dlrm.device import Array, Device
 from dlrm.errors import ConfigError
+from embedding.all_reduce import all_reduce_of
 from embedding.all_to_all import AllToAll, Flat
 from embedding.batch import check_arrays, check_batch, check_trains
 from embedding.buffers import BatchBuffers, Finish
@@ -32,6 +33,7 @@ from embedding.jagged import Jagged
 from embedding.placement import Placement, Plan, TableSpec
 from embedding.row_group import RowGroup, given
 from embedding.table import Part, Shard
+from embedding.topology import Topology
 from embedding.wire import Precision, Wire
 
 
@@ -119,6 +121,7 @@ class HybridEmbedding:
         exchange_precision: Precision = "fp32",
         all_to_all: AllToAll | None = None,
         reduce_start_bytes: float = 0.0,
+        topology: Topology | None = None,
     ) -> None:
         """Allocate and initialise what this rank holds.
 
@@ -136,6 +139,7 @@ class HybridEmbedding:
             reduce_start_bytes: what an all-reduce could send in the time that it takes to start, the same on every
                 rank. Above 0, gradients of all replicated rows are summed where finding the touched ones first
                 would take longer.
+            topology: of ``comm``: gradients of replicated rows are summed inside nodes first; ``None``: in one step.
 
         Raises:
             ConfigError: the plan is for other tables or ranks, dims differ, or the optimiser needs whole rows where
@@ -173,6 +177,7 @@ class HybridEmbedding:
                 all_to_all=Flat(comm) if all_to_all is None else all_to_all,
                 wire=wire,
                 reduce_start_bytes=reduce_start_bytes,
+                all_reduce=all_reduce_of(comm, topology),
                 **common,
             )
             self._groups.append((travelling, 1, group))

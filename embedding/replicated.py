@@ -19,13 +19,14 @@ Shapes: H replicated rows, U of them touched by the global batch, D columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from dlrm.config import OptimizerConfig
 from dlrm.device import Array, Device
+from embedding.all_reduce import AllReduce, OneLevel
 from embedding.buffers import NO_OFFSETS, NO_WEIGHTS, BatchBuffers
 from embedding.comm import Comm, Event
 from embedding.slots import mark_slots
@@ -76,6 +77,7 @@ class ReplicatedRows:
         dtype: np.dtype[Any],
         seed: int,
         start_bytes: float = 0.0,
+        all_reduce: AllReduce | None = None,
     ) -> None:
         """Allocate and initialise the rows.
 
@@ -89,6 +91,7 @@ class ReplicatedRows:
             dtype: float32 or float64.
             seed: of the run.
             start_bytes: what an all-reduce could send in the time that it takes to start; 0: always compact.
+            all_reduce: what sums gradients over the ranks; ``None``: in one step.
         """
         store = create_shards(parts, dim, device=device, optimizer=optimizer, dtype=dtype, seed=seed)
         self.weight: Array = store.weight
@@ -97,6 +100,7 @@ class ReplicatedRows:
         self._limits = np.array([len(part.rows) for part in parts], np.float64)
         self._hotness = np.array(first_guess, np.float64)
         self._comm = comm
+        self._all_reduce = OneLevel(comm) if all_reduce is None else all_reduce
         self._device = device
         self._optimizer = optimizer
         self._dim = dim
@@ -132,48 +136,53 @@ class ReplicatedRows:
         self._touched[number] = touched, max(1, global_rows)
         self._touched.pop(number - 2 * _LAG, None)
 
-    def find_touched(self, buffers: BatchBuffers, slots: Array) -> Array | None:
-        """Choose the way for a batch and, for the compact one, find the rows that the global batch touches.
+    def start_touched(self, buffers: BatchBuffers, slots: Array) -> Callable[[], Array | None]:
+        """Choose the way for a batch and, for the compact one, start to find the rows that the global batch touches.
 
-        Collective.
+        Collective, as is what is returned.
 
         Args:
             buffers: the batch's; ``sent["all_reduce"]`` is set.
             slots: [K], those below H are replicated rows.
 
         Returns:
-            [U] int32 or int64, ascending; ``None``: the dense way.
+            Gives those rows, [U] int32 or int64, ascending; ``None``: the dense way.
         """
         buffers.sent["all_reduce"] = 0
         if not self.rows:
-            return _NO_ROWS
+            return lambda: _NO_ROWS
         itemsize = self._dtype.itemsize
         number = buffers.number = self._batches
         self._batches += 1
         predicted = self.predicted_touched(number, buffers.global_rows)
         compact = compact_bytes(self.rows, predicted, self._dim, itemsize)
         if compact + self._start_bytes >= dense_bytes(self.rows, self._dim, itemsize):
-            return None
+            return lambda: None
         marks = buffers.room("marks", np.uint8, self.rows)
         marks.fill(0)
         mark_slots(slots, self.rows, marks, device=self._device)
-        self._comm.all_reduce(marks, "max").wait()
+        event = self._comm.all_reduce(marks, "max")
         buffers.sent["all_reduce"] = ring_bytes(marks.nbytes, self._comm.size)
-        found = np.flatnonzero(marks.view(np.bool_))
-        self._note_touched(number, len(found), buffers.global_rows)
+
+        def found() -> Array:
+            event.wait()
+            touched = np.flatnonzero(marks.view(np.bool_))
+            self._note_touched(number, len(touched), buffers.global_rows)
+            return touched
+
         return found
 
     def sums(self, touched: Array | None) -> tuple[Array, Array]:
         """Where this rank's gradients are to be summed.
 
         Args:
-            touched: what ``find_touched`` returned.
+            touched: what ``start_touched`` led to.
 
         Returns:
             The sums, [U, D] or [H, D], and the row in them of each replicated row, [H] int32, empty for its own.
         """
         count = self.rows if touched is None else len(touched)
-        size = count * (self._dim + (touched is None))
+        size = self._padded(count * (self._dim + (touched is None)))
         if len(self._gradients) < size:
             self._gradients = self._device.empty((size + size // 4,), self._dtype)
         if touched is not None:
@@ -190,25 +199,30 @@ class ReplicatedRows:
         Args:
             buffers: the batch's; ``sent["all_reduce"]`` grows.
             slots: [K].
-            touched: what ``find_touched`` returned.
+            touched: what ``start_touched`` led to.
         """
-        size = self.rows * (self._dim + 1) if touched is None else len(touched) * self._dim
+        used = self.rows * (self._dim + 1) if touched is None else len(touched) * self._dim
+        size = self._padded(used)
         if touched is None:
-            counts = self._gradients[self.rows * self._dim : size]
+            counts = self._gradients[self.rows * self._dim : used]
             counts.fill(0)
             mark_slots(slots, self.rows, counts, device=self._device)
         if not size:
             return None
         whole = self._gradients[:size]
+        whole[used:] = 0
         buffers.sent["all_reduce"] += ring_bytes(whole.nbytes, self._comm.size)
-        return self._comm.all_reduce(whole)
+        return self._all_reduce.start(whole)
+
+    def _padded(self, numbers: int) -> int:
+        return -(-numbers // self._all_reduce.multiple) * self._all_reduce.multiple
 
     def update(self, buffers: BatchBuffers, touched: Array | None, lr: float, step: int) -> None:
         """Update the touched rows with what ``start_reduce`` summed; the same on every rank.
 
         Args:
             buffers: the batch's.
-            touched: what ``find_touched`` returned.
+            touched: what ``start_touched`` led to.
             lr: learning rate of this step.
             step: t, from 1.
         """

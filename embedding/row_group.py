@@ -20,6 +20,7 @@ import numpy as np
 from dlrm.config import OptimizerConfig
 from dlrm.device import Array, Device
 from dlrm.errors import ConfigError
+from embedding.all_reduce import AllReduce
 from embedding.all_to_all import AllToAll
 from embedding.batch import check_shares, check_trains
 from embedding.buffers import NO_OFFSETS, NO_WEIGHTS, BatchBuffers, Finish
@@ -29,7 +30,7 @@ from embedding.lookup import gather_pool
 from embedding.placement import Placement, TableSpec
 from embedding.replicated import ReplicatedRows
 from embedding.row_route import RowRoute
-from embedding.slots import SPREAD, RowLayout, pool_slots, route_keys, sum_slots
+from embedding.slots import SPREAD, RowLayout, pool_slots, route_keys, slots_of_tables, sum_slots
 from embedding.sparse_optim import UpdateScratch, update_rows
 from embedding.table import Part, Shard, create_shards, with_touched
 from embedding.topology import share_of
@@ -40,6 +41,9 @@ _HEADER = 3
 
 _MOST_SLOTS = 1 << 30
 """More replicated rows than this need 64-bit slots; as many are left for what is received."""
+
+_PIECE_BAGS = 4096
+"""Bags pooled, or summed, between two looks at what is under way: some hundred microseconds."""
 
 _ONE_TABLE = np.zeros(1, np.int64)
 _SUM = np.zeros(1, np.bool_)
@@ -82,6 +86,7 @@ class RowGroup:
         wire: Wire,
         seed: int,
         reduce_start_bytes: float = 0.0,
+        all_reduce: AllReduce | None = None,
     ) -> None:
         """Allocate and initialise what this rank holds.
 
@@ -96,6 +101,7 @@ class RowGroup:
             wire: how rows and gradients look on the way; has the tables' dtype.
             seed: of the run.
             reduce_start_bytes: see ``HybridEmbedding``.
+            all_reduce: what sums the replicated rows' gradients; ``None``: in one step.
         """
         self._comm, self._all_to_all, self._device, self._wire = comm, all_to_all, device, wire
         self._optimizer, self._dtype, self._dim = optimizer, wire.dtype, specs[0].dim
@@ -112,8 +118,10 @@ class RowGroup:
             dtype=self._dtype,
             seed=seed,
             start_bytes=reduce_start_bytes,
+            all_reduce=all_reduce,
         )
         self._layout = row_layout(specs, placements, comm.size)
+        self._here = [placement.threshold == spec.rows for spec, placement in zip(specs, placements, strict=True)]
         owned = [
             Part(spec, rows_of(spec, placement, comm.size, comm.rank), columns)
             for spec, placement in zip(specs, placements, strict=True)
@@ -173,10 +181,14 @@ class RowGroup:
         )
         buffers.asked = asked.tolist()
         buffers.sent = {"input_dist": 0, "output_dist": 0, "grad_dist": 0, "all_reduce": 0}
+        # The ranks find the touched rows while they tell each other what they ask for.
+        touched = None
+        if buffers.grad_vectors is not None:
+            touched = self._replicated.start_touched(buffers, buffers.slots)
         if self._travels:
             self._ask(wanted[: sum(buffers.asked)], buffers)
-        if buffers.grad_vectors is not None:
-            buffers.touched = self._replicated.find_touched(buffers, buffers.slots)
+        if touched is not None:
+            buffers.touched = touched()
 
     def _ask(self, wanted: Array, buffers: RowBuffers) -> None:
         size, rows, total = self._comm.size, buffers.num_rows, buffers.global_rows
@@ -205,7 +217,7 @@ class RowGroup:
         )
 
     def start_output_dist(self, buffers: RowBuffers) -> Finish:
-        """Start to send the rows; what is returned waits for them and pools.
+        """Start to send the rows; what is returned waits for them and pools, first the tables that need none of them.
 
         The end reads the replicated rows, so that it comes before the next update.
         """
@@ -213,45 +225,85 @@ class RowGroup:
         received = buffers.rows("received", self._dtype, sum(buffers.asked), self._dim)
         arrive = self._fetch(buffers.rows("owner_rows", self._dtype, len(buffers.ids), self._dim), received, buffers)
 
-        def pool() -> None:
-            arrive()
+        def pool_tables(tables: range) -> None:
+            slots, offsets, weights = slots_of_tables(
+                tables, buffers.num_rows, buffers.slots, _offsets(keys), _weights(keys)
+            )
             pool_slots(
                 self._replicated.weight,
                 received,
-                buffers.slots,
-                _offsets(keys),
-                _weights(keys),
-                self._mean,
-                self._place,
+                slots,
+                offsets,
+                weights,
+                self._mean[tables.start : tables.stop],
+                self._place[tables.start : tables.stop],
                 buffers.num_rows,
                 buffers.vectors,
                 device=self._device,
             )
 
+        def pool() -> None:
+            for tables in self._pieces(buffers.num_rows, here=True):
+                pool_tables(tables)
+                self._comm.progress()
+            arrive()
+            for tables in self._pieces(buffers.num_rows, here=False):
+                pool_tables(tables)
+
         return pool
 
+    def _pieces(self, num_rows: int, *, here: bool) -> list[range]:
+        """Consecutive tables whose rows all lie here, in pieces of some bags; or the other ones, in one piece each."""
+        most = max(1, _PIECE_BAGS // max(1, num_rows)) if here else len(self._here)
+        pieces: list[range] = []
+        for table, lies_here in enumerate(self._here):
+            if lies_here != here:
+                continue
+            if pieces and pieces[-1].stop == table and len(pieces[-1]) < most:
+                pieces[-1] = range(pieces[-1].start, table + 1)
+            else:
+                pieces.append(range(table, table + 1))
+        return pieces
+
     def start_grad_dist(self, buffers: RowBuffers) -> Finish:
-        """Sum this rank's gradients by row and start to send them; what is returned waits."""
+        """Sum this rank's gradients by row and start to send them; what is returned waits.
+
+        Rows that travel come first: the others are summed while these are under way.
+        """
         check_trains(buffers.grad_vectors)
         keys = given(buffers.keys)
         frequent_sum, compact = self._replicated.sums(buffers.touched)
         going = buffers.rows("received", self._dtype, sum(buffers.asked), self._dim)
-        sum_slots(
-            buffers.grad_vectors,
-            buffers.slots,
-            _offsets(keys),
-            _weights(keys),
-            self._mean,
-            self._place,
-            buffers.num_rows,
-            compact,
-            self._layout.frequent,
-            frequent_sum,
-            going,
-            device=self._device,
-        )
+        frequent_sum.fill(0)
+        going.fill(0)
+
+        def sum_tables(tables: range) -> None:
+            slots, offsets, weights = slots_of_tables(
+                tables, buffers.num_rows, buffers.slots, _offsets(keys), _weights(keys)
+            )
+            sum_slots(
+                buffers.grad_vectors,
+                slots,
+                offsets,
+                weights,
+                self._mean[tables.start : tables.stop],
+                self._place[tables.start : tables.stop],
+                buffers.num_rows,
+                compact,
+                self._layout.frequent,
+                frequent_sum,
+                going,
+                device=self._device,
+                fresh=False,
+            )
+
+        for tables in self._pieces(buffers.num_rows, here=False):
+            sum_tables(tables)
         coming = buffers.rows("owner_rows", self._dtype, len(buffers.ids), self._dim)
         arrive = self._send_gradients(going, coming, buffers)
+        for tables in self._pieces(buffers.num_rows, here=True):
+            sum_tables(tables)
+            self._comm.progress()
         event = self._replicated.start_reduce(buffers, buffers.slots, buffers.touched)
 
         def finish() -> None:

@@ -123,6 +123,24 @@ def route(
         slots[k] = frequent + starts[to] + index
 
 
+def slots_of_tables(
+    tables: range, num_rows: int, slots: Array, offsets: Array, key_weights: Array
+) -> tuple[Array, Array, Array]:
+    """Views of the slots, offsets and weights of some tables, as ``pool_slots`` and ``sum_slots`` take them.
+
+    Args:
+        tables: consecutive ones.
+        num_rows: B.
+        slots: [K], table-major.
+        offsets: [T * B + 1] int64; empty for one key a bag.
+        key_weights: [K] float32; empty for none.
+    """
+    begin, end = tables.start * num_rows, tables.stop * num_rows
+    if len(offsets):  # they count from the first table's first key
+        return slots, offsets[begin : end + 1], key_weights
+    return slots[begin:end], offsets, key_weights[begin:end]
+
+
 def pool_slots(
     frequent: Array,
     received: Array,
@@ -171,6 +189,8 @@ def pool_slots_reference(
         offsets = np.arange(len(place) * num_rows + 1)
     lengths = np.diff(offsets)
     bags = np.repeat(np.arange(len(lengths)), lengths)
+    keys = slice(offsets[0], offsets[-1])
+    slots, key_weights = slots[keys], key_weights[keys]
     rows = np.concatenate([frequent, received])[slots]
     if len(key_weights):
         rows = rows * key_weights[:, None].astype(rows.dtype)
@@ -194,6 +214,7 @@ def sum_slots(
     received_sum: Array,
     *,
     device: Device,
+    fresh: bool = True,
 ) -> None:
     """Sum each slot's gradient over its occurrences in this rank's bags, in their order.
 
@@ -212,9 +233,11 @@ def sum_slots(
         frequent_sum: [H or fewer, D], overwritten.
         received_sum: [N, D], overwritten.
         device: where the arrays lie.
+        fresh: ``False``: the sums hold other tables' already, and these are added.
     """
-    frequent_sum.fill(0)
-    received_sum.fill(0)
+    if fresh:
+        frequent_sum.fill(0)
+        received_sum.fill(0)
     if len(slots) == 0:
         return
     kernel = device.kernel(__name__, "add_slots")
@@ -248,6 +271,8 @@ def add_slots(
         offsets = np.arange(len(place) * num_rows + 1)
     lengths = np.diff(offsets)
     bags = np.repeat(np.arange(len(lengths)), lengths)
+    keys = slice(offsets[0], offsets[-1])
+    slots, key_weights = slots[keys], key_weights[keys]
     table = bags // num_rows
     factor = np.ones(len(slots), gradients.dtype)
     if len(key_weights):

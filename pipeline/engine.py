@@ -162,6 +162,7 @@ def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved_plan: Map
         all_to_all=Hierarchical(embedding_comm, topology)
         if plan.all_to_all == "hierarchical"
         else Flat(embedding_comm),
+        topology=topology,
     )
     optimizer = DenseOptimizer(config.optimizer, model.flat_parameters.size, dtype, device)
     stages = Stages(

@@ -29,7 +29,7 @@ def build(comm: Any, kind: str = "sgd", rows: tuple[int, ...] = (60, 40), dim: i
 def step(rows: ReplicatedRows, slots: np.ndarray, gradients: np.ndarray, global_rows: int, number: int = 1) -> dict:
     """One batch in which slot i gets gradient i; returns the bytes."""
     buffers = BatchBuffers(1, None, None, global_rows=global_rows)
-    touched = rows.find_touched(buffers, slots)
+    touched = rows.start_touched(buffers, slots)()
     sums, compact = rows.sums(touched)
     sums.fill(0)
     own = slots < rows.rows

@@ -110,6 +110,9 @@ class ThreadComm:
     def barrier(self) -> None:
         self._meeting.meet()
 
+    def progress(self) -> None:
+        """Events fill their buffers when they are waited for."""
+
     def abort(self, code: int) -> None:
         self._meeting.barrier.abort()
         raise SystemExit(code)
