@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from embedding.all_reduce import part_multiple
 from embedding.cost import HEADER_BYTES, LENGTH_BYTES, ROW_HEADER_BYTES, ROWS, group_of
 from embedding.jagged import Jagged
-from embedding.placement import Placement, Plan, TableSpec
+from embedding.placement import Placement, Plan, TableSpec, node_of_ranks
 
 Bytes = NDArray[np.int64]
 _WEIGHT_BYTES = 4
@@ -96,8 +97,9 @@ def _reduced(plan: Plan, batches: Sequence[Jagged], itemsize: int) -> tuple[int,
         if placement.threshold:
             touched = np.unique(np.concatenate([keys_of(batch, table) for batch in batches]))
             marks += placement.threshold
-            gradients += int(np.searchsorted(touched, placement.threshold)) * spec.dim * itemsize
-    return marks, gradients
+            gradients += int(np.searchsorted(touched, placement.threshold)) * spec.dim
+    multiple = part_multiple(node_of_ranks(plan.ranks, plan.nodes))
+    return marks, -(-gradients // multiple) * multiple * itemsize
 
 
 def _row_tables(plan: Plan) -> list[tuple[TableSpec, Placement]]:

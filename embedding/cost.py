@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from embedding.all_reduce import part_multiple
 from embedding.frequency import Frequency
 from embedding.links import Link, LinkRates
 from embedding.placement import AllToAll, Placement, TableSpec, node_of_ranks
@@ -375,10 +376,16 @@ class Shape:
         return count * start + float(np.maximum(inside / links.inside.bytes_per_s, across_s).max())
 
     def reduce_bytes(self, size: float) -> tuple[float, float]:
-        """Bytes inside and between nodes of a ring's all-reduce: 2 (W - 1) / W of the buffer over each of W hops."""
-        hop = 2 * (self.ranks - 1) / self.ranks * size
-        crossing = self.nodes if self.nodes > 1 else 0
-        return hop * (self.ranks - crossing), hop * crossing
+        """Bytes inside and between nodes of an all-reduce: every rank sends 2 (W - 1) / W of the buffer.
+
+        In two levels (``all_reduce.py``) 2 (N - 1) / N of it leave each node; in one, a ring crosses once a node.
+        """
+        whole = 2 * (self.ranks - 1) * size
+        if part_multiple(self.node_of.tolist()) > 1:
+            across = 2 * (self.nodes - 1) * size
+        else:
+            across = whole / self.ranks * self.nodes if self.nodes > 1 else 0.0
+        return whole - across, across
 
     def reduce_seconds(self, size: float, links: LinkRates, *, count: int = 1) -> float:
         """Time of all-reduces: inside the nodes, and between them each rank its part of the buffer.

@@ -19,7 +19,7 @@ from embedding.hybrid import HybridEmbedding
 from embedding.jagged import Jagged
 from embedding.links import DEFAULT
 from embedding.placement import Placement, Plan, TableSpec, node_of_ranks
-from embedding.topology import share_of, start_of
+from embedding.topology import discover, share_of, start_of
 
 DIM = 8
 
@@ -55,10 +55,11 @@ def random_placement(rng: np.random.Generator, spec: TableSpec, ranks: int) -> P
 def run_step(comm: Any, plan: Plan, batch: Jagged, precision: str) -> tuple[dict[str, int], int, int]:
     """One step over ``comm``: what the embedding says it sent, and what reached the carrier inside and across."""
     counting = CountingComm(comm, node_of_ranks(comm.size, plan.nodes))
+    topology = discover(counting, nodes=plan.nodes)
     embedding = HybridEmbedding(
         specs=plan.specs, plan=plan, comm=counting, device=HostDevice(1),
         optimizer=OptimizerConfig(kind="sgd"), dtype=np.float32, seed=1, first=0,
-        exchange_precision=precision,  # type: ignore[arg-type]
+        exchange_precision=precision, topology=topology,  # type: ignore[arg-type]
     )  # fmt: skip
     total = batch.num_rows
     vectors = np.zeros((share_of(total, comm.size, comm.rank), len(plan.specs), DIM), np.float32)
