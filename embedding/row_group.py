@@ -29,8 +29,9 @@ from embedding.jagged import Jagged
 from embedding.lookup import gather_pool
 from embedding.placement import Placement, TableSpec
 from embedding.replicated import ReplicatedRows
+from embedding.row_layout import row_layout, rows_of
 from embedding.row_route import RowRoute
-from embedding.slots import SPREAD, RowLayout, pool_slots, route_keys, slots_of_tables, sum_slots
+from embedding.slots import pool_slots, route_keys, slots_of_tables, sum_slots
 from embedding.sparse_optim import UpdateScratch, update_rows
 from embedding.table import Part, Shard, create_shards, with_touched
 from embedding.topology import share_of
@@ -363,32 +364,6 @@ class RowGroup:
 
     def _leaving(self, counts: list[int], itemsize: int) -> int:
         return (sum(counts) - counts[self._comm.rank]) * itemsize
-
-
-def rows_of(spec: TableSpec, placement: Placement, ranks: int, rank: int) -> range:
-    """The rows that ``rank`` alone holds of a table whose rows travel."""
-    if placement.kind == "table_wise":
-        return range(spec.rows if placement.owner == rank else 0)
-    return range(min(placement.threshold + rank, spec.rows), spec.rows, ranks)
-
-
-def row_layout(specs: Sequence[TableSpec], placements: Sequence[Placement], ranks: int) -> RowLayout:
-    """Where the rows of some tables lie: each rank's rows of table after table (``rows_of``)."""
-    threshold = np.array([placement.threshold for placement in placements], np.int64)
-    owner = np.array([p.owner if p.kind == "table_wise" else SPREAD for p in placements], np.int64)
-    held = [
-        [len(rows_of(spec, placement, ranks, rank)) for spec, placement in zip(specs, placements, strict=True)]
-        for rank in range(ranks)
-    ]
-    counts = np.array(held, np.int64)
-    return RowLayout(
-        threshold=threshold,
-        owner=owner,
-        distinct=np.array([placement.deduplicate for placement in placements], np.bool_),
-        frequent_start=np.cumsum(threshold) - threshold,
-        base=np.cumsum(counts, axis=1) - counts,
-        frequent=int(threshold.sum()),
-    )
 
 
 def given(value: Any) -> Any:

@@ -217,7 +217,7 @@ def simulate(
     Raises:
         ConfigError: as ``plan_tables``.
     """
-    from embedding.cost import Shape  # with NumPy, as all of this file
+    from embedding.exchange_cost import Shape  # with NumPy, as all of this file
 
     rows = []
     weights = dense_weights(config, num_dense, len(tables))

@@ -10,7 +10,7 @@ from rank_threads import run_ranks
 
 from embedding.all_reduce import OneLevel, TwoLevel, all_reduce_of, part_multiple
 from embedding.comm_counting import CountingComm
-from embedding.cost import Shape
+from embedding.exchange_cost import Shape
 from embedding.placement import node_of_ranks
 from embedding.topology import discover
 

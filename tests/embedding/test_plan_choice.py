@@ -13,7 +13,7 @@ from rank_threads import run_ranks
 
 from dlrm.config import OptimizerConfig
 from dlrm.errors import ConfigError
-from embedding.cost import Shape
+from embedding.exchange_cost import Shape
 from embedding.frequency import Frequency
 from embedding.links import DEFAULT, Link, LinkRates, WorkRates
 from embedding.plan import (

@@ -58,6 +58,7 @@ def build(case: HybridCase, comm: Any) -> HybridEmbedding:
         for i, rows in enumerate(case.rows)
     )
     placements = tuple(placement_of(case, table, comm.size) for table in range(len(specs)))
+    topology = discover(comm, case.nodes)
     return HybridEmbedding(
         specs=specs,
         plan=Plan(specs=specs, placements=placements, ranks=comm.size),
@@ -68,7 +69,8 @@ def build(case: HybridCase, comm: Any) -> HybridEmbedding:
         seed=case.seed,
         first=case.first,
         exchange_precision=case.precision,  # type: ignore[arg-type]
-        all_to_all=Flat(comm) if case.nodes == 1 else Hierarchical(comm, discover(comm, case.nodes)),
+        all_to_all=Flat(comm) if case.nodes == 1 else Hierarchical(comm, topology),
+        topology=topology,
     )
 
 
