@@ -33,6 +33,8 @@ ROWS = 0
 """The group of tables whose rows travel; pooled ones go in groups by their number of column parts."""
 _PASSES = 3
 """Times that a row's bytes move where it is looked up and updated: read, gradient read, written."""
+_RELAY_PASSES = 4
+"""The same of a row that a lane relays: spread to who asked for it, and its gradients summed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,8 @@ class TableCost:
         frequent_share: part of the look-ups that are of replicated rows.
         asker_s: a rank's work as asker.
         owner_s: work of all owners together.
+        beside_vectors_s: a rank's work while vectors of other tables travel.
+        beside_gradients_s: the same of gradients.
     """
 
     keys: float = 0.0
@@ -88,6 +92,8 @@ class TableCost:
     frequent_share: float = 0.0
     asker_s: float = 0.0
     owner_s: float = 0.0
+    beside_vectors_s: float = 0.0
+    beside_gradients_s: float = 0.0
 
 
 class TableDemand:
@@ -136,7 +142,9 @@ class TableDemand:
         local = self._draws * frequent
         asked = self._draws - local
         sent = asked
-        asker = self._seconds(_PASSES * local + 2 * asked)
+        # A table that lies here whole is pooled, and its gradients are summed, while those of others travel.
+        beside = self._seconds(local) if placement.kind == "replicated" else 0.0
+        asker = self._seconds(2 * (local + asked)) - 2 * beside
         if placement.deduplicate:
             sent = self._beyond(self._distinct, threshold)
             asker += asked * self._rates.deduplicate_s
@@ -153,6 +161,8 @@ class TableDemand:
             frequent_share=frequent,
             asker_s=asker,
             owner_s=self._seconds(_PASSES * work.ranks * sent),
+            beside_vectors_s=beside,
+            beside_gradients_s=beside,
         )
 
     def _beyond(self, cumulative: Floats, threshold: int) -> float:
@@ -245,6 +255,7 @@ def step_cost(
     shape = Shape(ranks, workload.nodes)
     groups: dict[int, GroupLoad] = {}
     owner_s, asker_s, reduce = np.zeros(ranks), 0.0, 0.0
+    beside = {"vectors": 0.0, "gradients": 0.0}
     for placement, cost in zip(placements, costs, strict=True):
         share = owner_shares(placement, ranks)
         if placement.kind != "replicated":
@@ -252,6 +263,8 @@ def step_cost(
         owner_s += share * cost.owner_s
         asker_s += cost.asker_s
         reduce += cost.reduce
+        beside["vectors"] += cost.beside_vectors_s
+        beside["gradients"] += cost.beside_gradients_s
     seconds = dict.fromkeys(("keys", "vectors", "gradients", "all_reduce"), 0.0)
     inside, across = dict(seconds), dict(seconds)
     messages = 0
@@ -274,10 +287,15 @@ def step_cost(
                     shape.across_bytes(size) if crossing is None else float(crossing.sum()) * (shape.nodes - 1)
                 )
                 messages += count * shape.messages(mode)
+            if mode == "hierarchical":
+                relayed = shape.across_bytes(load.vectors) / ranks
+                ids = shape.across_bytes(load.keys) / ranks / workload.id_itemsize
+                rates = links.work
+                asker_s += _RELAY_PASSES * relayed / rates.rows_bytes_per_s + ids * rates.deduplicate_s
         if reduce:
             seconds["all_reduce"] = shape.reduce_seconds(reduce, links, count=_REDUCES)
             inside["all_reduce"], across["all_reduce"] = shape.reduce_bytes(reduce)
-    seconds["work"] = asker_s + float(owner_s.max())
+    seconds["work"] = asker_s + float(owner_s.max()) + sum(max(0.0, s - seconds[name]) for name, s in beside.items())
     return StepCost(inside=inside, across=across, messages_across=messages, seconds=seconds)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from dlrm.device import Device, HostDevice
 from dlrm.errors import ConfigError
+from embedding.all_reduce import add_parts, part_multiple
 from embedding.comm import Comm
 from embedding.lookup import gather_pool
 from embedding.slots import RowLayout, route_keys
@@ -38,7 +39,7 @@ class Link:
 
     Attributes:
         bytes_per_s: that a rank sends.
-        latency_s: of a message to a peer.
+        latency_s: of a message to a peer; all-reduce: of each of 2 ceil(log2 n) rounds among n ranks.
     """
 
     bytes_per_s: float
@@ -166,9 +167,10 @@ DEFAULT = LinkRates(
 def probe(comm: Comm, topology: Topology, device: Device | None = None) -> LinkRates:
     """Measure all collectives that a plan weighs; every rank of ``comm`` calls it, and all get the same figures.
 
-    Each is run small and large a few times, all ranks at once; the time of the slowest rank counts, the median of
-    the runs. A link that is not there (one node, one rank a node) takes the figures of the other. Takes well under a
-    second where links are faster than 100 MB/s.
+    Each is run small and large a few times, in the shape in which a step sends: all ranks at once, each to all others
+    inside its node or outside of it, so that the ranks of a node share its way out. The time of the slowest rank
+    counts, the median of the runs. A link that is not there (one node, one rank a node) takes the figures of the
+    other. Takes about a second where links are faster than 100 MB/s.
 
     Args:
         comm: all ranks.
@@ -179,94 +181,96 @@ def probe(comm: Comm, topology: Topology, device: Device | None = None) -> LinkR
         return replace(
             DEFAULT, work=_measure_work(comm, device or HostDevice(1)), source="one rank: nothing to measure"
         )
+    sizes = np.bincount(np.asarray(topology.node_of))
+    two_levels = part_multiple(topology.node_of) > 1
     measured: dict[str, Link] = {}
-    for name, group in (("inside", topology.inside), ("across", topology.across)):
-        # A group of one rank has no peers, but its ranks still meet the others in the timing.
-        measured[name] = _measure(comm, group, _all_to_all(group), _off_rank)
-        measured[f"{name}_reduce"] = _measure(comm, group, _all_reduce(group), _around_ring)
-    groups = np.array([topology.inside.size, topology.across.size], np.int64)
-    comm.all_reduce(groups, "max").wait()
-    for name, other, size in (("inside", "across", groups[0]), ("across", "inside", groups[1])):
-        if size == 1:
-            measured[name], measured[f"{name}_reduce"] = measured[other], measured[f"{other}_reduce"]
+    for name, group, there in (
+        ("inside", topology.inside, sizes.max() > 1),
+        ("across", topology.across, len(sizes) > 1),
+    ):
+        if not there:
+            continue
+        same = name == "inside"
+        peers = [r for r, node in enumerate(topology.node_of) if (node == topology.node) == same and r != comm.rank]
+        most = int(sizes.max()) - 1 if same else comm.size - int(sizes.min())
+        measured[name] = _measure(comm, _all_to_all(comm, peers, most), starts=most)
+        if group.size < comm.size and not two_levels:
+            group = comm  # one all-reduce over everything
+        ranks = int(sizes.max()) if same else len(sizes)
+        reduce = _in_parts(group) if two_levels else _all_reduce(group)
+        measured[f"{name}_reduce"] = _measure(comm, reduce, starts=2 * math.ceil(math.log2(max(2, ranks))))
+    for name, other in (("inside", "across"), ("across", "inside")):
+        measured.setdefault(name, measured[other])
+        measured.setdefault(f"{name}_reduce", measured[f"{other}_reduce"])
     shared = False
-    if groups.min() > 1:
-        alone = _measure(
-            comm, topology.across, _all_to_all(topology.across), _off_rank, active=topology.local_rank == 0
-        )
+    if sizes.min() > 1 and len(sizes) > 1:
+        others = [r for r, node in enumerate(topology.node_of) if node != topology.node and not topology.local_of[r]]
+        peers = others if topology.local_rank == 0 else []
+        alone = _measure(comm, _all_to_all(comm, peers, len(sizes) - 1), starts=1)
         shared = alone.bytes_per_s > _SHARED_FROM * measured["across"].bytes_per_s
     return LinkRates(
         **measured, work=_measure_work(comm, device or HostDevice(1)), across_shared=shared, source="measured"
     )
 
 
-def _off_rank(size: int, peers: int) -> float:
-    """Bytes of an all-to-all buffer that are for others."""
-    return size * peers / (peers + 1)
+Prepare = Callable[[int], tuple[Callable[[], None], float]]
+"""Of so many bytes: what runs a collective, and the bytes that a rank sends in it."""
 
 
-def _around_ring(size: int, peers: int) -> float:
-    """Bytes that a rank sends in an all-reduce of a buffer."""
-    return 2 * size * peers / (peers + 1)
+def _all_to_all(comm: Comm, peers: Sequence[int], most: int) -> Prepare:
+    """Between this rank and ``peers``; ``most``: peers of the rank that has most of them."""
 
-
-def _all_to_all(group: Comm) -> Callable[[int], Callable[[], None]]:
-    def prepare(size: int) -> Callable[[], None]:
-        send = np.zeros(max(1, size // 8 // group.size) * group.size, np.int64)
-        recv = np.empty_like(send)
-        return lambda: group.all_to_all(send, recv).wait()
+    def prepare(size: int) -> tuple[Callable[[], None], float]:
+        each = max(1, size // 4 // most)
+        counts = [each * (rank in peers) for rank in range(comm.size)]
+        send, recv = (np.zeros(sum(counts), np.float32) for _ in range(2))
+        return lambda: comm.all_to_all_v(send, counts, recv, counts).wait(), 4.0 * each * most
 
     return prepare
 
 
-def _all_reduce(group: Comm) -> Callable[[int], Callable[[], None]]:
-    def prepare(size: int) -> Callable[[], None]:
+def _in_parts(group: Comm) -> Prepare:
+    """What ``all_reduce.TwoLevel`` does on one level: parts go around, and come back summed."""
+
+    def prepare(size: int) -> tuple[Callable[[], None], float]:
+        buffer = np.zeros(group.size * max(1, size // 4 // group.size), np.float32)
+        parts = np.empty_like(buffer)
+
+        def run() -> None:
+            group.all_to_all(buffer, parts).wait()
+            group.all_gather(add_parts(parts, group.size), buffer).wait()
+
+        return run, 2 * buffer.nbytes * (group.size - 1) / group.size
+
+    return prepare
+
+
+def _all_reduce(group: Comm) -> Prepare:
+    def prepare(size: int) -> tuple[Callable[[], None], float]:
         buffer = np.zeros(max(1, size // 4), np.float32)
-        return lambda: group.all_reduce(buffer).wait()
+        return lambda: group.all_reduce(buffer).wait(), 2 * buffer.nbytes * (group.size - 1) / group.size
 
     return prepare
 
 
-def _measure(
-    comm: Comm,
-    group: Comm,
-    prepare: Callable[[int], Callable[[], None]],
-    sent: Callable[[int, int], float],
-    *,
-    active: bool = True,
-) -> Link:
+def _measure(comm: Comm, prepare: Prepare, *, starts: int) -> Link:
     """Fit a start-up time and a rate to a small and a large run.
 
     Args:
         comm: all ranks, which take part at once.
-        group: this rank's group.
-        prepare: gives the collective for a buffer of so many bytes.
-        sent: bytes that a rank sends of such a buffer, by number of peers.
-        active: whether this rank's group runs; the others only wait.
+        prepare: the collective; a rank without peers only takes part in the timing.
+        starts: start-ups of a message that the small run's time is made of.
     """
-    peers = np.array([group.size - 1], np.int64)
-    comm.all_reduce(peers, "max").wait()
-    others = int(peers[0])
-    if not others:
-        return Link(1.0, 0.0)  # replaced by the other link's
-
-    def seconds(size: int) -> float:
-        return _seconds(comm, prepare(size) if active else _nothing)
-
-    small = seconds(_SMALL_BYTES * (others + 1))
-    size, large = _FIRST_LARGE_BYTES, 0.0
+    small = _seconds(comm, prepare(_SMALL_BYTES)[0])
+    size = _FIRST_LARGE_BYTES
     while True:
-        large = seconds(size)
+        run, moved = prepare(size)
+        large = _seconds(comm, run)
         if large >= _LONG_ENOUGH_S or size >= _LAST_LARGE_BYTES:
             break
         size *= 4
-    moved = sent(size, others)
     # Noise may make the large run look as short as the small one.
-    return Link(moved / max(large - small, large / 10, 1e-9), small / others)
-
-
-def _nothing() -> None:
-    """What an idle rank does."""
+    return Link(moved / max(large - small, large / 10, 1e-9), small / starts)
 
 
 def _seconds(comm: Comm, run: Callable[[], None]) -> float:
