@@ -103,3 +103,6 @@ class EmbeddingConfig:
     """Memory of tables and their optimiser state on each rank; ``None``: what the machine has free."""
     calibration_batches: PositiveInt = 32
     """Training batches whose keys are counted before a plan is made."""
+    trial_steps: CountInt = 5
+    """Where several kinds of plans are predicted to be about as fast, each is timed for so many steps at the start and
+    the fastest is kept; 0: the prediction decides, as it does with ``deterministic``."""

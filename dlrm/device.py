@@ -132,17 +132,11 @@ class HostDevice:
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
         """An uninitialised C-contiguous array that starts at a multiple of 64 bytes."""
-        shape = (shape,) if isinstance(shape, int) else shape
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        raw = np.empty(size + ALIGNMENT, np.uint8)
-        start = -raw.ctypes.data % ALIGNMENT
-        return raw[start : start + size].view(dtype).reshape(shape)
+        return _aligned(np.empty, shape, dtype)
 
     def zeros(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
-        """An array of zeros that starts at a multiple of 64 bytes."""
-        array = self.empty(shape, dtype)
-        array.fill(0)
-        return array
+        """An array of zeros that starts at a multiple of 64 bytes; large ones take memory as they are written."""
+        return _aligned(np.zeros, shape, dtype)
 
     def pinned_empty(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
         """The same as ``empty``: the host has nothing to pin for itself."""
@@ -161,3 +155,11 @@ class HostDevice:
     def streams(self, names: Sequence[str]) -> AbstractContextManager[Streams]:
         """One name: a queue that runs inline. Several: a worker thread each (see ``host_streams.lane_threads``)."""
         return host_streams(names, self._lanes)
+
+
+def _aligned(make: Callable[..., Array], shape: int | tuple[int, ...], dtype: Any) -> Array:
+    shape = (shape,) if isinstance(shape, int) else shape
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = make(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)

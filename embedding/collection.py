@@ -70,7 +70,7 @@ class TableWiseEmbedding:
         device: Device,
         optimizer: OptimizerConfig,
         dtype: Any,
-        seed: int,
+        seed: int | None,
         first: int = 0,
         exchange_precision: Precision = "fp32",
         parts: Sequence[Part] | None = None,

@@ -116,7 +116,7 @@ class HybridEmbedding:
         device: Device,
         optimizer: OptimizerConfig,
         dtype: Any,
-        seed: int,
+        seed: int | None,
         first: int,
         exchange_precision: Precision = "fp32",
         all_to_all: AllToAll | None = None,
@@ -132,7 +132,7 @@ class HybridEmbedding:
             device: where everything lies.
             optimizer: of the tables.
             dtype: float32 or float64.
-            seed: of the run.
+            seed: of the run; ``None``: tables of zeros, for timing.
             first: place of table 0 in ``vectors``: 1 behind a bottom MLP's output, else 0.
             exchange_precision: how vectors, rows and their gradients travel; ``fp32``: as they are.
             all_to_all: how rows travel; ``None``: ``Flat``. Pooled vectors travel flat.

@@ -200,8 +200,8 @@ def probe(comm: Comm, topology: Topology, device: Device | None = None) -> LinkR
         reduce = _in_parts(group) if two_levels else _all_reduce(group)
         measured[f"{name}_reduce"] = _measure(comm, reduce, starts=2 * math.ceil(math.log2(max(2, ranks))))
     for name, other in (("inside", "across"), ("across", "inside")):
-        measured.setdefault(name, measured[other])
-        measured.setdefault(f"{name}_reduce", measured[f"{other}_reduce"])
+        if name not in measured:
+            measured[name], measured[f"{name}_reduce"] = measured[other], measured[f"{other}_reduce"]
     shared = False
     if sizes.min() > 1 and len(sizes) > 1:
         others = [r for r, node in enumerate(topology.node_of) if node != topology.node and not topology.local_of[r]]

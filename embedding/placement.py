@@ -154,6 +154,7 @@ class Plan:
         step_seconds: predicted time of exchange, look-up and update in a step; ``None``: not predicted.
         seconds: its parts: keys, vectors, gradients, all_reduce, work.
         alternatives: predicted seconds of the plans that were not taken, by name.
+        trials: of the plans that were tried out, this one among them: label, predicted and measured seconds.
     """
 
     specs: tuple[TableSpec, ...]
@@ -167,6 +168,7 @@ class Plan:
     step_seconds: float | None = None
     seconds: tuple[tuple[str, float], ...] = ()
     alternatives: tuple[tuple[str, float], ...] = ()
+    trials: tuple[tuple[str, float, float], ...] = ()
 
     def __post_init__(self) -> None:
         """Fill what was left out and check that every table can lie so.
@@ -186,6 +188,13 @@ class Plan:
             object.__setattr__(self, "gradient_bytes", (0,) * len(self.specs))
         for spec, placement in zip(self.specs, self.placements, strict=True):
             placement.check(spec, self.ranks)
+
+    @property
+    def label(self) -> str:
+        """Its kinds and its exchange, such as ``16 replicated, 10 row_wise de-duplicated; flat``."""
+        kinds = [p.kind + " de-duplicated" * (p.deduplicate and p.kind != "replicated") for p in self.placements]
+        counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+        return f"{counted}; {self.all_to_all}" if self.nodes > 1 else counted
 
     @property
     def owners(self) -> tuple[int, ...]:
@@ -293,6 +302,7 @@ class Plan:
             "step_seconds": self.step_seconds,
             "seconds": [list(pair) for pair in self.seconds],
             "alternatives": [list(pair) for pair in self.alternatives],
+            "trials": [list(trial) for trial in self.trials],
         }  # fmt: skip
 
     def _holders(self, placement: Placement) -> list[int]:
@@ -325,4 +335,5 @@ def plan_from_values(values: Mapping[str, Any]) -> Plan:
         step_seconds=values["step_seconds"],
         seconds=tuple((name, seconds) for name, seconds in values["seconds"]),
         alternatives=tuple((name, seconds) for name, seconds in values["alternatives"]),
+        trials=tuple((label, predicted, measured) for label, predicted, measured in values.get("trials", ())),
     )

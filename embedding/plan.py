@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,7 +10,6 @@ import numpy as np
 
 from dlrm.config import OptimizerConfig
 from dlrm.errors import ConfigError
-from embedding.comm import Comm, broadcast_bytes
 from embedding.cost import StepCost, TableDemand, Workload, step_cost
 from embedding.frequency import Frequency, candidate_thresholds, hugectr_threshold
 from embedding.links import DEFAULT, LinkRates
@@ -41,10 +39,10 @@ __all__ = [
     "check_memory",
     "hugectr_threshold",
     "make_plan",
+    "make_plans",
     "node_of_ranks",
     "owned_rows",
     "plan_from_values",
-    "plan_on_first_rank",
     "plan_table_wise",
 ]
 
@@ -124,7 +122,12 @@ class Forced:
     deduplicate: bool | None = None
 
 
-def make_plan(
+def make_plan(specs: Sequence[TableSpec], ranks: int, nodes: int = 1, **arguments: Any) -> Plan:
+    """The plan that is predicted to be fastest: the first of ``make_plans``."""
+    return make_plans(specs, ranks, nodes, **arguments)[0]
+
+
+def make_plans(
     specs: Sequence[TableSpec],
     ranks: int,
     nodes: int = 1,
@@ -143,10 +146,10 @@ def make_plan(
     memory_limit_bytes: int | None = None,
     deduplicate: Literal["auto"] | bool = "auto",
     all_to_all: Literal["auto"] | AllToAll = "auto",
-) -> Plan:
+) -> list[Plan]:
     """Place every table where a step is predicted to be fastest and every rank can hold its part.
 
-    The result depends on nothing but the arguments; ``plan_on_first_rank`` makes it one and the same on all ranks.
+    The result depends on nothing but the arguments; ``plans_on_first_rank`` makes it one and the same on all ranks.
 
     Args:
         specs: the tables in manifest order.
@@ -167,6 +170,10 @@ def make_plan(
         memory_limit_bytes: what a rank may hold of tables, state and gradients of replicated rows.
         deduplicate: of tables whose ``placements`` say nothing about it.
         all_to_all: ``auto``: whichever is predicted to be faster.
+
+    Returns:
+        The plan that is predicted to be fastest, then plans of other families (another exchange, other kinds) that
+        are predicted to be nearly as fast, by predicted time.
 
     Raises:
         ConfigError: a forced placement cannot be, or no plan fits the memory.
@@ -210,8 +217,8 @@ def make_plan(
         memory_limit_bytes=memory_limit_bytes,
         all_to_all=(all_to_all,) if all_to_all != "auto" else ("flat", "hierarchical") if nodes > 1 else ("flat",),
     )
-    best, seconds = search.best(STARTS)
-    if best is None:
+    found, seconds = search.best(STARTS)
+    if not found:
         smallest = search.smallest()
         assert memory_limit_bytes is not None
         check_memory(smallest, memory_limit_bytes)
@@ -219,7 +226,7 @@ def make_plan(
             f"plan: no placement of these tables fits {memory_limit_bytes / 2**20:.0f} MiB a rank; use more ranks or "
             "raise embedding.memory_limit_mib"
         )
-    return _predicted(best, workload, links, seconds)
+    return [_predicted(candidate, workload, links, seconds) for candidate in found]
 
 
 def allowed_placements(
@@ -329,21 +336,3 @@ def _predicted(best: Candidate, workload: Workload, links: LinkRates, seconds: M
         seconds=tuple(best.cost.seconds.items()),
         alternatives=tuple(seconds.items()),
     )
-
-
-def plan_on_first_rank(comm: Comm, make: Callable[[], Plan]) -> Plan:
-    """Rank 0's plan on every rank; collective. Other ranks need none of what ``make`` reads.
-
-    Raises:
-        ConfigError: rank 0 could not make one; every rank raises what it said.
-    """
-    message = b""
-    if comm.rank == 0:
-        try:
-            message = json.dumps({"plan": make().to_values()}).encode()
-        except ConfigError as error:
-            message = json.dumps({"error": str(error)}).encode()
-    values = json.loads(broadcast_bytes(comm, message))
-    if "error" in values:
-        raise ConfigError(values["error"])
-    return plan_from_values(values["plan"])

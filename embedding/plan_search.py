@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 
@@ -23,6 +24,8 @@ _BETTER = 0.999
 """A change must gain this much, or rounding would decide."""
 _ROUNDS = 3
 _NEAR_OPTIONS = 4
+_FAMILIES, _NEAR_PLANS = 4, 1.6
+"""So many plans at most are offered, each predicted to take at most so many times as long as the fastest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,21 @@ class Candidate:
     plan: Plan
     options: tuple[Option, ...]
     cost: StepCost
+
+
+Options: TypeAlias = Sequence[Sequence[Option]]
+"""Of each table."""
+
+
+def family_of(plan: Plan) -> tuple[AllToAll, bool, bool, bool]:
+    """What makes plans different in kind, so that the model may be wrong about one and right about the other."""
+    placements = plan.placements
+    return (
+        plan.all_to_all,
+        any(placement.threshold for placement in placements),
+        any(placement.deduplicate for placement in placements if placement.kind != "replicated"),
+        any(placement.pooled for placement in placements),
+    )
 
 
 class Search:
@@ -88,24 +106,35 @@ class Search:
             for table, (demand, allowed) in enumerate(zip(demands, options, strict=True))
         ]
 
-    def best(self, starts: Iterable[tuple[str, Callable[[Option], bool]]]) -> tuple[Candidate | None, dict[str, float]]:
-        """The fastest plan found, and the seconds of the starting plans that fit.
+    def best(self, starts: Iterable[tuple[str, Callable[[Option], bool]]]) -> tuple[list[Candidate], dict[str, float]]:
+        """The fastest plan found, then the fastest of other families that come near it; seconds of what fits.
 
         Args:
             starts: names, and which options a starting plan may use; a table that has none of them may use all.
+
+        Returns:
+            Plans, by predicted time, none where nothing fits; and the seconds of every starting plan.
         """
-        found: list[Candidate] = []
+        found: list[tuple[Candidate, Options]] = []
         seconds: dict[str, float] = {}
         for name, allowed in starts:
-            candidate = self.within_memory([[o for o in own if allowed(o)] or own for own in self.options])
-            if candidate is not None:
-                found.append(candidate)
-                seconds[name] = candidate.cost.total_s
+            own: Options = [[o for o in options if allowed(o)] or options for options in self.options]
+            fitting = [c for mode in self._modes if (c := self.within_memory(own, (mode,))) is not None]
+            found += [(candidate, own) for candidate in fitting]
+            if fitting:
+                seconds[name] = min(candidate.cost.total_s for candidate in fitting)
         if not found:
-            return None, seconds
-        return self._improved(min(found, key=lambda candidate: candidate.cost.total_s)), seconds
+            return [], seconds
+        found.sort(key=lambda pair: pair[0].cost.total_s)
+        chosen = {family_of(best.plan): best for best in [self._improved(found[0][0], self.options, self._modes)]}
+        for candidate, own in found:
+            near = candidate.cost.total_s < _NEAR_PLANS * found[0][0].cost.total_s
+            if near and len(chosen) < _FAMILIES and family_of(candidate.plan) not in chosen:
+                better = self._improved(candidate, own, (candidate.plan.all_to_all,))
+                chosen.setdefault(family_of(better.plan), better)
+        return sorted(chosen.values(), key=lambda candidate: candidate.cost.total_s), seconds
 
-    def within_memory(self, options: Sequence[Sequence[Option]]) -> Candidate | None:
+    def within_memory(self, options: Options, modes: Sequence[AllToAll]) -> Candidate | None:
         """The first choice of options that fits the memory as its price rises; ``None``: none does."""
         tried: set[tuple[Option, ...]] = set()
         for price in _PRICES if self._limit is not None else _PRICES[:1]:
@@ -113,7 +142,7 @@ class Search:
             if chosen in tried:
                 continue
             tried.add(chosen)
-            candidate = self.assigned(chosen)
+            candidate = self.assigned(chosen, modes)
             if candidate is not None:
                 return candidate
         return None
@@ -122,26 +151,24 @@ class Search:
         """The plan that holds least, fit or not."""
         return self._owned(tuple(min(own, key=lambda o: o.held) for own in self.options), by_size=True)
 
-    def assigned(self, options: tuple[Option, ...]) -> Candidate | None:
+    def assigned(self, options: tuple[Option, ...], modes: Sequence[AllToAll]) -> Candidate | None:
         """Decide owners and costs; ``None`` where a rank cannot hold its part."""
         for by_size in (False, True):  # evenly by time alone where memory allows it
             plan = self._owned(options, by_size=by_size)
             if self._fits(plan):
                 costs = [option.cost for option in options]
-                steps = {
-                    mode: step_cost(plan.placements, costs, self.workload, self.links, mode) for mode in self._modes
-                }
-                mode = min(self._modes, key=lambda name: steps[name].total_s)
+                steps = {mode: step_cost(plan.placements, costs, self.workload, self.links, mode) for mode in modes}
+                mode = min(modes, key=lambda name: steps[name].total_s)
                 return Candidate(replace(plan, all_to_all=mode), options, steps[mode])
         return None
 
-    def _improved(self, best: Candidate) -> Candidate:
+    def _improved(self, best: Candidate, options: Options, modes: Sequence[AllToAll]) -> Candidate:
         """Change one table's option at a time as long as that helps."""
         for _ in range(_ROUNDS):
             before = best
-            for table, own in enumerate(self.options):
+            for table, own in enumerate(options):
                 for option in near_options(own, best.options[table]):
-                    candidate = self.assigned((*best.options[:table], option, *best.options[table + 1 :]))
+                    candidate = self.assigned((*best.options[:table], option, *best.options[table + 1 :]), modes)
                     if candidate is not None and candidate.cost.total_s < _BETTER * best.cost.total_s:
                         best = candidate
             if best is before:

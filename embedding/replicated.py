@@ -75,7 +75,7 @@ class ReplicatedRows:
         device: Device,
         optimizer: OptimizerConfig,
         dtype: np.dtype[Any],
-        seed: int,
+        seed: int | None,
         start_bytes: float = 0.0,
         all_reduce: AllReduce | None = None,
     ) -> None:

@@ -85,7 +85,7 @@ class RowGroup:
         device: Device,
         optimizer: OptimizerConfig,
         wire: Wire,
-        seed: int,
+        seed: int | None,
         reduce_start_bytes: float = 0.0,
         all_reduce: AllReduce | None = None,
     ) -> None:

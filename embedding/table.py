@@ -96,7 +96,7 @@ class ShardStore:
 
 
 def create_shards(
-    parts: Sequence[Part], dim: int, *, device: Device, optimizer: OptimizerConfig, dtype: Any, seed: int
+    parts: Sequence[Part], dim: int, *, device: Device, optimizer: OptimizerConfig, dtype: Any, seed: int | None
 ) -> ShardStore:
     """Allocate parts of tables and fill them: weights uniform in +-1 / sqrt(rows), state as the optimiser starts.
 
@@ -108,28 +108,29 @@ def create_shards(
         device: where they lie.
         optimizer: decides the state.
         dtype: float32 or float64.
-        seed: of the run.
+        seed: of the run; ``None``: nothing but speed matters, and everything is zero.
     """
     starts = [0, *np.cumsum([len(part.rows) for part in parts], dtype=np.int64).tolist()]
-    weight = device.empty((starts[-1], dim), dtype)
+    weight = (device.zeros if seed is None else device.empty)((starts[-1], dim), dtype)
     layout = state_specs(optimizer)
-    state = {item.name: _filled(item, starts[-1], dim, dtype, device) for item in layout}
+    state = {item.name: _filled(item, starts[-1], dim, dtype, device, empty=seed is None) for item in layout}
     shards = []
     for part, begin in zip(parts, starts, strict=False):
         rows = slice(begin, begin + len(part.rows))
-        uniform_rows(
-            seed,
-            f"table.{part.spec.name}",
-            len(part.rows),
-            dim,
-            dtype,
-            start=part.rows.start,
-            step=part.rows.step,
-            first_column=part.columns.start,
-            scale=1.0 / math.sqrt(part.spec.rows),
-            out=weight[rows],
-            device=device,
-        )
+        if seed is not None:
+            uniform_rows(
+                seed,
+                f"table.{part.spec.name}",
+                len(part.rows),
+                dim,
+                dtype,
+                start=part.rows.start,
+                step=part.rows.step,
+                first_column=part.columns.start,
+                scale=1.0 / math.sqrt(part.spec.rows),
+                out=weight[rows],
+                device=device,
+            )
         views = {item.name: state[item.name][rows, 0] if item.per_row else state[item.name][rows] for item in layout}
         shards.append(Shard(part.spec.name, part.rows, part.columns, weight[rows], views, part.replicated))
     return ShardStore(shards, weight, state, device.xp.asarray(starts[:-1], np.int64))
@@ -150,7 +151,10 @@ def with_touched(shards: Sequence[Shard], touched: Array | None) -> list[Shard]:
     ]
 
 
-def _filled(item: StateSpec, rows: int, dim: int, dtype: Any, device: Device) -> Array:
-    array = device.empty((rows, 1 if item.per_row else dim), dtype)
+def _filled(item: StateSpec, rows: int, dim: int, dtype: Any, device: Device, *, empty: bool) -> Array:
+    shape = (rows, 1 if item.per_row else dim)
+    if empty or not item.start:
+        return device.zeros(shape, dtype)
+    array = device.empty(shape, dtype)
     array.fill(item.start)
     return array

@@ -13,13 +13,17 @@ from dlrm.config import RunConfig
 from dlrm.device import Device
 from dlrm.errors import ConfigError
 from embedding.comm import Comm, broadcast_bytes
+from embedding.jagged import Jagged
 from embedding.links import DEFAULT, LinkRates, probe, rates_from_values
-from embedding.plan import Plan, plan_from_values, plan_on_first_rank
+from embedding.plan import Plan, plan_from_values
+from embedding.plan_trial import Trial, plans_on_first_rank
 from embedding.topology import Topology
 from pipeline.dataset import Dataset
-from pipeline.planning import calibrate, forced_placements, memory_limit_bytes, plan_tables, table_specs
+from pipeline.loader import Loader
+from pipeline.planning import calibrate, forced_placements, memory_limit_bytes, plan_several, plan_tables, table_specs
 
 LINKS_NAME = "links.json"
+_TRIAL_BATCHES = 2
 
 
 def agree_plan(
@@ -35,8 +39,9 @@ def agree_plan(
 
     A resumed run keeps the plan of its checkpoint where ranks, nodes and tables are the same, so that it goes on bit
     for bit. Otherwise rank 0 counts the first batches and decides, by link rates that are measured where they are
-    not yet known in the run's folder. Measured rates differ from run to run, and with them plans and the order of
-    sums: with ``deterministic`` nothing is measured, and rates that are supposed of any machine decide.
+    not yet known in the run's folder; where kinds of plans are predicted to be about as fast, some steps of each are
+    timed. Measured times differ from run to run, and with them plans and the order of sums: with ``deterministic``
+    nothing is measured, and rates that are supposed of any machine decide.
 
     Args:
         config: of the run.
@@ -61,8 +66,8 @@ def agree_plan(
     weighed = _is_weighed(config, dataset)
     links = _link_rates(config, comm, topology, device) if weighed else DEFAULT
 
-    def make() -> Plan:
-        return plan_tables(
+    def make() -> list[Plan]:
+        return plan_several(
             config,
             dataset.tables,
             ranks=comm.size,
@@ -72,7 +77,45 @@ def agree_plan(
             memory_limit=int(limit[0]),
         )
 
-    return plan_on_first_rank(comm, make)
+    plans = plans_on_first_rank(comm, make)
+    if len(plans) == 1 or config.deterministic or not config.embedding.trial_steps:
+        return plans[0]
+    trial = Trial(
+        comm=comm,
+        topology=topology,
+        device=device,
+        optimizer=config.table_optimizer,
+        dtype=np.float64 if config.precision == "fp64" else np.float32,
+        first=int(dataset.num_dense > 0),
+        exchange_precision=config.embedding.exchange_precision,
+        batches=_first_batches(config, dataset, comm),
+        steps=config.embedding.trial_steps,
+    )
+    return trial.fastest(plans)
+
+
+def _first_batches(config: RunConfig, dataset: Dataset, comm: Comm) -> list[tuple[Jagged, int]]:
+    """This rank's keys of the first batches, and the batches' rows."""
+    with Loader(
+        dataset.split("train"),
+        batch_size=config.data.batch_size,
+        rank=comm.rank,
+        ranks=comm.size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        window=config.data.shuffle_window,
+        drop_last=False,
+        prefetch=_TRIAL_BATCHES,
+        stop_step=_TRIAL_BATCHES,
+        epochs=1,
+    ) as batches:
+        return [(_copied(batch.host.keys), batch.global_rows) for batch in batches]
+
+
+def _copied(keys: Jagged) -> Jagged:
+    """The loader's arrays are used again."""
+    arrays = (None if array is None else array.copy() for array in (keys.keys, keys.offsets, keys.weights))
+    return Jagged(next(arrays), next(arrays), next(arrays), keys.num_tables, keys.num_rows)
 
 
 def _is_weighed(config: RunConfig, dataset: Dataset) -> bool:

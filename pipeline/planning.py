@@ -14,7 +14,7 @@ from dlrm.config import RunConfig
 from dlrm.errors import ConfigError
 from embedding.frequency import Frequency, RowCounts
 from embedding.links import DEFAULT, LinkRates
-from embedding.plan import Forced, Plan, TableSpec, make_plan
+from embedding.plan import Forced, Plan, TableSpec, make_plans
 from pipeline.dataset import Dataset
 from pipeline.loader import Loader
 from pipeline.manifest import TableInfo
@@ -148,7 +148,23 @@ def plan_tables(
     links: LinkRates = DEFAULT,
     memory_limit: int | None = None,
 ) -> Plan:
-    """The plan of a run.
+    """The plan of a run that is predicted to be fastest: the first of ``plan_several``."""
+    return plan_several(
+        config, tables, ranks=ranks, nodes=nodes, calibration=calibration, links=links, memory_limit=memory_limit
+    )[0]
+
+
+def plan_several(
+    config: RunConfig,
+    tables: Sequence[TableInfo],
+    *,
+    ranks: int,
+    nodes: int = 1,
+    calibration: Calibration | None = None,
+    links: LinkRates = DEFAULT,
+    memory_limit: int | None = None,
+) -> list[Plan]:
+    """The plans that a run may follow, the one that is predicted to be fastest first (``embedding.plan.make_plans``).
 
     Args:
         config: of the run.
@@ -167,7 +183,7 @@ def plan_tables(
     itemsize = 8 if config.precision == "fp64" else 4
     if memory_limit is None and embedding.memory_limit_mib is not None:
         memory_limit = embedding.memory_limit_mib * 2**20
-    return make_plan(
+    return make_plans(
         table_specs(config, tables),
         ranks,
         nodes,

@@ -16,8 +16,9 @@ from embedding.links import DEFAULT, PUBLISHED, Link, LinkRates, probe, rates_fr
 from embedding.topology import Topology, discover
 
 
-def test_every_rank_gets_the_same_rates() -> None:
-    rates = run_ranks(4, lambda comm: probe(comm, discover(comm, nodes=2)))
+@pytest.mark.parametrize(("ranks", "nodes"), [(4, 2), (3, 2)])
+def test_every_rank_gets_the_same_rates(ranks: int, nodes: int) -> None:
+    rates = run_ranks(ranks, lambda comm: probe(comm, discover(comm, nodes=nodes)))
     assert all(rate == rates[0] for rate in rates)
     assert rates[0].source == "measured"
     assert rates[0].inside.bytes_per_s > 0
@@ -44,36 +45,48 @@ def test_one_rank_measures_its_own_work_alone() -> None:
 
 
 class SlowComm(SingleComm):
-    """Two of two ranks, as seen from one: calls take the time that a known link would need."""
+    """Rank 0 of two nodes of two ranks: calls take the time that known links would need."""
 
-    size = 2
+    size = 4
 
-    def __init__(self, bytes_per_s: float, latency_s: float) -> None:
-        self.bytes_per_s, self.latency_s = bytes_per_s, latency_s
+    def __init__(self, inside: tuple[float, float], across: tuple[float, float], *, group: str = "all") -> None:
+        self.links = {"inside": inside, "across": across}
+        self.size = 4 if group == "all" else 2
+        self.group = group
 
-    def _take(self, sent: float) -> DoneEvent:
-        end = time.perf_counter() + self.latency_s + sent / self.bytes_per_s
+    def _take(self, **sent: float) -> DoneEvent:
+        needed = [latency + sent[name] / rate for name, (rate, latency) in self.links.items() if name in sent]
+        end = time.perf_counter() + max(needed, default=0.0)
         while time.perf_counter() < end:
             pass
         return DoneEvent()
 
+    def all_to_all_v(self, send: Any, send_counts: Any, recv: Any, recv_counts: Any) -> DoneEvent:
+        assert list(send_counts) == list(recv_counts)
+        sent = {"inside": 4 * send_counts[1], "across": 4 * sum(send_counts[2:])}
+        return self._take(**{name: size for name, size in sent.items() if size})
+
     def all_to_all(self, send: Any, recv: Any) -> DoneEvent:
-        return self._take(send.nbytes / 2)
+        return self._take(**{self.group: send.nbytes / 2})
 
-    def all_reduce(self, buffer: Any, op: str = "sum") -> DoneEvent:
-        return self._take(buffer.nbytes)  # 2 (W - 1) / W = 1
+    def all_gather(self, send: Any, recv: Any) -> DoneEvent:
+        return self._take(**{self.group: float(send.nbytes)})
 
 
-def test_a_known_link_is_measured() -> None:
-    slow, fast = SlowComm(50e6, 2e-3), SlowComm(1e9, 1e-4)
-    world = SingleComm()
-    world.size = 4  # type: ignore[misc]
-    topology = Topology(0, 2, 0, 2, fast, slow, (0, 0, 1, 1), (0, 1, 0, 1))
-    rates = probe(world, topology)
+def test_known_links_are_measured() -> None:
+    inside, across = (1e9, 1e-4), (50e6, 2e-3)
+    near, far = (SlowComm(inside, across, group=name) for name in ("inside", "across"))
+    topology = Topology(0, 2, 0, 2, near, far, (0, 0, 1, 1), (0, 1, 0, 1))
+    rates = probe(SlowComm(inside, across), topology)
     # Busy loops on a shared machine run over, never short.
-    for link, comm in ((rates.across, slow), (rates.across_reduce, slow), (rates.inside, fast)):
-        assert 0.4 * comm.bytes_per_s < link.bytes_per_s < 1.3 * comm.bytes_per_s
-        assert comm.latency_s <= link.latency_s < 3 * comm.latency_s
+    for link, (rate, latency), messages in (
+        (rates.across, across, 2),
+        (rates.inside, inside, 1),
+        (rates.across_reduce, across, 1),
+        (rates.inside_reduce, inside, 1),
+    ):
+        assert 0.4 * rate < link.bytes_per_s < 1.3 * rate
+        assert latency <= messages * link.latency_s < 3 * latency
     assert not rates.across_shared
 
 

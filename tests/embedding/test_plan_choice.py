@@ -25,9 +25,9 @@ from embedding.plan import (
     node_of_ranks,
     owned_rows,
     plan_from_values,
-    plan_on_first_rank,
 )
 from embedding.plan_search import spread
+from embedding.plan_trial import plans_on_first_rank
 
 SGD = OptimizerConfig(kind="sgd")
 ROWWISE = OptimizerConfig(kind="rowwise_adagrad")
@@ -266,19 +266,19 @@ def test_all_ranks_get_the_first_ones_plan() -> None:
 
     def on_rank(comm: Any) -> Plan:
         # Others have nothing to make it from.
-        return plan_on_first_rank(comm, make if comm.rank == 0 else lambda: pytest.fail("called"))
+        return plans_on_first_rank(comm, (lambda: [make()]) if comm.rank == 0 else lambda: pytest.fail("called"))[0]
 
     plans = run_ranks(3, on_rank)
     assert plans == [make()] * 3
 
 
 def test_all_ranks_get_the_first_ones_error() -> None:
-    def wrong() -> Plan:
+    def wrong() -> list[Plan]:
         raise ConfigError("no such plan")
 
     def on_rank(comm: Any) -> str:
         with pytest.raises(ConfigError) as caught:
-            plan_on_first_rank(comm, wrong)
+            plans_on_first_rank(comm, wrong)
         return str(caught.value)
 
     assert run_ranks(3, on_rank) == ["no such plan"] * 3
