@@ -1,6 +1,6 @@
 """The embedding lane over a slow link: what crosses between hosts in a step, and how long a step takes.
 
-    python benchmarks/exchange.py --rates 1gbit 200mbit none --batches 2048 8192 --json figures.json
+    python benchmarks/exchange.py --rates 1gbit 200mbit --batches 2048 8192 --exponents 1.1 0.9 --json figures.json
 
 Makes hosts of network namespaces (root, Linux; `tests/hosts/virtual_hosts.py`), shapes their links to each rate in
 turn, and runs every plan with both ways of exchange under one mpirun. How to read it: benchmarks/README.md.
@@ -9,13 +9,12 @@ turn, and runs every plan with both ways of exchange under one mpirun. How to re
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,16 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT / "tests" / "hosts"))
 
-MLPERF_ROWS = (
-    *(39884406, 39043, 17289, 7420, 20263, 3, 7120, 1543, 63, 38532951, 2953546, 403346, 10),
-    *(2208, 11938, 155, 4, 976, 14, 39979771, 25641295, 39664984, 585935, 12972, 108, 36),
-)
-"""Criteo 1TB with at most 40 million rows a table, as in MLPerf Training."""
-
-PLANS = {
+PLANS: dict[str, tuple[str | None, Any]] = {
     "table-wise": ("table_wise", False),
     "table-wise de-duplicated": ("table_wise", True),
     "row-wise de-duplicated": ("row_wise", True),
     "hybrid": ("hybrid", False),
     "hybrid de-duplicated": ("hybrid", True),
+    "HugeCTR's threshold": ("hybrid", False),
     "auto": (None, "auto"),
 }
+"""What is forced for all tables: kind, and whether rows are de-duplicated."""
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -47,10 +42,13 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rates", nargs="+", default=["1gbit", "none"], help="of a host's card, in tc's words")
     parser.add_argument("--batches", type=int, nargs="+", default=[2048, 8192], help="rows of a global batch")
     parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS), metavar="PLAN")
-    parser.add_argument("--exponent", type=float, default=1.1, help="of the power law that keys are drawn from")
+    parser.add_argument("--exchanges", nargs="+", default=["flat", "hierarchical"], choices=["flat", "hierarchical"])
+    parser.add_argument("--exponents", type=float, nargs="+", default=[1.1], help="of the keys' power laws")
     parser.add_argument("--scale", type=int, default=100, help="tables have MLPerf's rows divided by this")
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--dense", action="store_true", help="with the dense lane: bottom 13-64-dim, top 256-64-1")
+    parser.add_argument("--steps", type=int, default=9, help="timed at most; at least 3")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of timed steps that are enough")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one rate")
     parser.add_argument("--json", type=Path, help="where the figures go, too")
@@ -58,154 +56,50 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def measure_rank(options: argparse.Namespace) -> None:
-    """Program of one rank: every plan and exchange, on batches that are the same for all of them."""
-    from pipeline.threads import launched_ranks, settle_threads
-
-    settle_threads()
-    from embedding.comm_counting import CountingComm
-    from embedding.comm_mpi import world
-    from embedding.links import probe
-    from embedding.placement import TableSpec
-    from embedding.topology import discover
-
-    carrier = world(launched_ranks())
-    topology = discover(carrier)
-    comm = CountingComm(carrier, topology.node_of)
-    counted = discover(comm)
-    specs = tuple(
-        TableSpec(name=f"t{i}", rows=max(1, rows // options.scale), dim=options.dim)
-        for i, rows in enumerate(MLPERF_ROWS)
-    )
-    links = probe(carrier, topology)
-    results = []
-    for batch in options.batches:
-        keys = draw_batches(specs, batch, options, carrier.rank, carrier.size)
-        for name in options.plans:
-            modes = ("auto",) if name == "auto" else ("flat", "hierarchical")
-            for mode in modes if name != "table-wise" else ("flat",):  # pooled vectors travel flat
-                found = run_plan(specs, name, mode, batch, keys, comm, counted, links, options)
-                results.append({"plan": name, "batch": batch, **found})
-    if carrier.rank == 0:
-        options.rank_output.write_text(json.dumps({"links": links.to_values(), "results": results}))
-    carrier.barrier()
-
-
-def draw_batches(specs: Any, batch: int, options: argparse.Namespace, rank: int, ranks: int) -> list[Any]:
-    """This rank's share of three batches, keys by a power law over the rows of each table."""
-    import numpy as np
-
-    from embedding.jagged import Jagged
-    from embedding.topology import share_of
-
-    rng = np.random.default_rng([options.seed, batch, rank])
-    rows = share_of(batch, ranks, rank)
-    sums = [np.cumsum(np.arange(1, spec.rows + 1) ** -options.exponent) for spec in specs]
-    drawn = []
-    for _ in range(3):
-        keys = [np.searchsorted(total, rng.random(rows) * total[-1]).clip(max=len(total) - 1) for total in sums]
-        drawn.append(Jagged(np.concatenate(keys).astype(np.int32), None, None, len(specs), rows))
-    return drawn
-
-
-def run_plan(
-    specs: Any, name: str, mode: str, batch: int, keys: list[Any], comm: Any, topology: Any, links: Any, options: Any
-) -> dict[str, Any]:
-    """Traffic of all ranks and seconds of the slowest, per step; the first two steps are left out."""
-    import numpy as np
-
-    from dlrm.config import OptimizerConfig
-    from dlrm.device import HostDevice
-    from embedding.all_to_all import Flat, Hierarchical
-    from embedding.frequency import Frequency
-    from embedding.hybrid import HybridEmbedding
-    from embedding.plan import Forced, make_plan, plan_on_first_rank
-
-    kind, deduplicate = PLANS[name]
-    rules = {spec.name: Forced(kind=kind) for spec in specs if kind != "hybrid" or spec.rows > 1}
-    optimizer = OptimizerConfig(kind="sgd")
-    plan = plan_on_first_rank(
-        comm.comm,
-        lambda: make_plan(
-            specs,
-            comm.size,
-            topology.num_nodes,
-            batch_size=batch,
-            optimizer=optimizer,
-            placements=rules if kind else None,
-            frequencies={spec.name: Frequency.power_law(spec.rows, options.exponent) for spec in specs},
-            links=links,
-            deduplicate=deduplicate,  # type: ignore[arg-type]
-            all_to_all=mode,  # type: ignore[arg-type]
-        ),
-    )
-    staged = plan.all_to_all == "hierarchical"
-    embedding = HybridEmbedding(
-        specs=specs,
-        plan=plan,
-        comm=comm,
-        device=HostDevice(1),
-        optimizer=optimizer,
-        dtype="float32",
-        seed=options.seed,
-        first=0,
-        all_to_all=Hierarchical(comm, topology) if staged else Flat(comm),
-    )
-    rows = keys[0].num_rows
-    vectors = np.zeros((rows, len(specs), options.dim), np.float32)
-    gradients = np.full_like(vectors, 1e-6)
-    buffers = embedding.buffers(rows, vectors, gradients)
-    seconds, traffic = [], []
-    for step in range(1, options.steps + 3):
-        comm.comm.barrier()
-        comm.traffic.clear()
-        began = time.perf_counter()
-        embedding.input_dist(keys[step % len(keys)], buffers, batch)
-        embedding.lookup(buffers)
-        embedding.output_dist(buffers)
-        embedding.grad_dist(buffers)
-        embedding.sparse_update(buffers, 0.01, step)
-        slowest = np.array([time.perf_counter() - began])
-        comm.comm.all_reduce(slowest, "max").wait()
-        sent = comm.traffic
-        numbers = np.array([sent.messages_across, sent.bytes_across, sent.messages_inside, sent.bytes_inside])
-        comm.comm.all_reduce(numbers).wait()
-        seconds.append(float(slowest[0]))
-        traffic.append(numbers)
-    mean = np.mean(traffic[2:], axis=0).tolist()
-    return {
-        "exchange": plan.all_to_all,
-        "messages_across": mean[0],
-        "bytes_across": mean[1],
-        "messages_inside": mean[2],
-        "bytes_inside": mean[3],
-        "seconds_best": min(seconds[2:]),
-        "seconds_median": statistics.median(seconds[2:]),
-        "predicted_seconds": plan.step_seconds,
-        "frequent_rows": sum(placement.threshold for placement in plan.placements),
-    }
-
-
 def print_table(rate: str, results: list[dict[str, Any]]) -> None:
     """One line per plan and exchange."""
     print(f"\nlink {rate}\n")
-    print("| batch | plan | exchange | messages across | MB across | MB inside | ms best | ms median | predicted |")
-    print("| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(
+        "| exponent, batch | plan | exchange | vectors MB | keys MB | messages across | MB across "
+        "| lane ms, best (median) | step ms | predicted lane ms | frequent rows |"
+    )
+    print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for found in results:
         print(
-            f"| {found['batch']:,} | {found['plan']} | {found['exchange']} | {found['messages_across']:.0f} "
-            f"| {found['bytes_across'] / 1e6:.2f} | {found['bytes_inside'] / 1e6:.2f} "
-            f"| {found['seconds_best'] * 1e3:.1f} | {found['seconds_median'] * 1e3:.1f} "
-            f"| {found['predicted_seconds'] * 1e3:.1f} |"
+            f"| {found['exponent']}, {found['batch']:,} | {found['plan']} | {found['exchange']} "
+            f"| {found['vector_bytes'] / 1e6:.2f} | {found['key_bytes'] / 1e6:.2f} | {found['messages_across']:.0f} "
+            f"| {found['bytes_across'] / 1e6:.2f} | {found['lane_best'] * 1e3:.1f} ({found['lane_median'] * 1e3:.1f}) "
+            f"| {found['step_median'] * 1e3:.1f} | {found['predicted'] * 1e3:.1f} | {found['frequent_rows']:,} |"
         )
+
+
+def print_verdicts(rate: str, results: list[dict[str, Any]]) -> None:
+    """``auto`` against the best forced plan, and hybrid against the best other one, by medians of the lane."""
+    for (exponent, batch), group in itertools.groupby(results, key=lambda found: (found["exponent"], found["batch"])):
+        found = list(group)
+        times = {(item["plan"], item["exchange"]): item["lane_median"] for item in found if item["plan"] != "auto"}
+        hybrid = {key: value for key, value in times.items() if key[0] not in _WITHOUT_REPLICAS}
+        others = {key: value for key, value in times.items() if key[0] in _WITHOUT_REPLICAS}
+        parts = [f"{rate}, exponent {exponent}, batch {batch:,}:"]
+        if hybrid and others:
+            ours, other = min(hybrid, key=hybrid.__getitem__), min(others, key=others.__getitem__)
+            parts.append(f"{' '.join(ours)} is {others[other] / hybrid[ours]:.2f} times as fast as {' '.join(other)};")
+        autos = [item for item in found if item["plan"] == "auto"]
+        if autos and times:
+            best = min(times, key=times.__getitem__)
+            label = autos[0]["label"]
+            parts.append(
+                f"auto ({label}) takes {autos[0]['lane_median'] / times[best]:.2f} times as long as {' '.join(best)}"
+            )
+        print(" ".join(parts))
+
+
+_WITHOUT_REPLICAS = ("table-wise", "table-wise de-duplicated", "row-wise de-duplicated")
 
 
 def main() -> int:
     """Make the hosts, run the ranks at every rate."""
     options = parse()
-    if options.rank_output:
-        measure_rank(options)
-        return 0
     from virtual_hosts import VirtualHosts, why_not
 
     reason = why_not()
@@ -218,7 +112,7 @@ def main() -> int:
         output = Path(folder) / "figures.json"
         for rate in options.rates:
             hosts.shape(None if rate == "none" else rate)
-            program = [sys.executable, "-m", "mpi4py", str(HERE / "exchange.py"), *sys.argv[1:]]
+            program = [sys.executable, "-m", "mpi4py", str(HERE / "exchange_rank.py"), *sys.argv[1:]]
             environment = {"PYTHONPATH": str(ROOT), "CROSSLANE_THREADS": "1"}
             ranks = [options.ranks] * options.hosts
             try:
@@ -233,6 +127,8 @@ def main() -> int:
                 return 1
             figures["rates"][rate] = json.loads(output.read_text())
             print_table(rate, figures["rates"][rate]["results"])
+            print()
+            print_verdicts(rate, figures["rates"][rate]["results"])
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
     return 0
