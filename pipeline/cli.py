@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from dlrm.errors import ConfigError, CrosslaneError
+from pipeline.cli_convert import convert
 from pipeline.cli_data import data_app, prepare_app, synth
 from pipeline.cli_plan import plan
 from pipeline.console import AsJson, print_fields, print_json, print_rows, show_progress
@@ -234,6 +235,7 @@ def _first_comment(path: Path) -> str:
 app.add_typer(prepare_app, name="prepare", rich_help_panel="Data")
 app.add_typer(data_app, name="data", rich_help_panel="Data")
 app.command(rich_help_panel="Data")(synth)
+app.command(rich_help_panel="Data")(convert)
 app.command(rich_help_panel="Engine")(plan)
 app.add_typer(checkpoint_app, name="checkpoint", rich_help_panel="Engine")
 app.add_typer(config_app, name="config", rich_help_panel="Engine")

@@ -91,6 +91,15 @@ class RowFiles:
         index = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._files[index].path, int(row - self._starts[index])
 
+    def byte_of(self, row: int, kind: str, column: int) -> int:
+        """Byte of a file at which the ``label``, ``dense`` column, ``key`` or ``weight`` of one of its rows starts."""
+        manifest = self._manifest
+        step = 2 if manifest.key_dtype == "int64" else 1
+        keys = 1 + len(manifest.dense.names)
+        weights = keys + step * sum(table.hotness for table in manifest.tables)
+        word = {"label": 0, "dense": 1 + column, "key": keys + step * column, "weight": weights + column}[kind]
+        return row * self._row_bytes + 4 * word
+
     def words_of(self, row: int | np.int64) -> NDArray[np.int32]:
         """The words [V] of one row."""
         index = int(np.searchsorted(self._starts, row, side="right")) - 1

@@ -1,0 +1,202 @@
+"""NumPy's .npy and .npz files as arrays on disk: mapped when read, appended to row by row when written.
+
+Published with NumPy (``numpy.lib.format``). Memory stays bounded: members of a compressed .npz are unpacked into a
+temporary file, those of a stored one too (their CRC-32 is checked on the way).
+
+Shapes: R rows of an array, C columns.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from dlrm.errors import DataError
+
+_COPIED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class StoredArray:
+    """One array on disk.
+
+    Attributes:
+        name: of the file, and of the array in it, for messages.
+        values: [R] or [R, C], mapped read-only.
+        start: byte of the first value in the .npy data.
+    """
+
+    name: str
+    values: NDArray[Any]
+    start: int
+
+    def where(self, row: int, column: int = 0) -> str:
+        """File, row and byte of a value."""
+        rows, columns = self.values.shape[0], self.values.shape[1] if self.values.ndim > 1 else 1
+        place = row * columns + column if self.values.flags.c_contiguous else column * rows + row
+        return f"{self.name}: row {row} (byte {self.start + place * self.values.itemsize})"
+
+    def expect(self, kinds: str, shape: Sequence[int | None]) -> None:
+        """Refuse another type or shape.
+
+        Args:
+            kinds: letters of NumPy's kinds of types, such as ``if`` for integers and floats.
+            shape: the sizes; ``None``: any.
+
+        Raises:
+            DataError: they differ, or the values are big-endian.
+        """
+        values = self.values
+        if values.dtype.byteorder == ">":
+            raise DataError(
+                f"{self.name}: values of type {values.dtype.str} are big-endian, but must be little-endian; write them "
+                f"again as {values.dtype.newbyteorder('<').str}"
+            )
+        fits = values.ndim == len(shape) and all(
+            size in (None, found) for size, found in zip(shape, values.shape, strict=True)
+        )
+        if values.dtype.kind not in kinds or not fits:
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            raise DataError(
+                f"{self.name}: array of {values.dtype} {list(values.shape)}, but must be of kind "
+                f"{' or '.join(kinds)} and shape [{wanted}]"
+            )
+
+
+def open_npy(path: Path) -> StoredArray:
+    """Map a .npy file.
+
+    Raises:
+        DataError: it is missing, no .npy file, truncated or oversized.
+    """
+    try:
+        with path.open("rb") as file:
+            return _map(file, str(path), path.stat().st_size)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; restore the file") from None
+
+
+def _map(file: IO[bytes], name: str, size: int) -> StoredArray:
+    try:
+        version = npy.read_magic(file)
+        header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, by_columns, dtype = header(file)
+    except ValueError as error:
+        raise DataError(f"{name}: bad header (byte 0): {' '.join(str(error).split())}; is it a .npy file?") from None
+    if dtype.hasobject or dtype.names is not None:
+        raise DataError(f"{name}: holds values of type {dtype}, but must hold plain numbers")
+    start = file.tell()
+    wanted = start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if size != wanted:
+        kind = "truncated" if size < wanted else "oversized"
+        raise DataError(f"{name}: {kind}, {size} bytes where its header needs {wanted}; copy the file again")
+    order = "F" if by_columns else "C"
+    if size == start:
+        return StoredArray(name, np.empty(shape, dtype, order="F" if by_columns else "C"), start)
+    mapped: NDArray[Any] = np.memmap(file, dtype, "r", start, shape, order="F" if order == "F" else "C")
+    return StoredArray(name, mapped, start)
+
+
+def open_npz(path: Path, names: Sequence[str]) -> dict[str, StoredArray]:
+    """Map members of a .npz file through temporary files.
+
+    Args:
+        path: the file.
+        names: members, without ``.npy``.
+
+    Raises:
+        DataError: it is missing or no .npz file, a member is missing, or its CRC-32 is wrong.
+    """
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in names:
+                with archive.open(f"{name}.npy") as packed, tempfile.TemporaryFile() as plain:
+                    shutil.copyfileobj(packed, plain, _COPIED_BYTES)
+                    size = plain.tell()
+                    plain.seek(0)
+                    found[name] = _map(plain, f"{path}: {name}", size)
+    except KeyError:
+        raise DataError(f"{path}: no array {name!r} in it, only {', '.join(npz_names(path)) or 'none'}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{path}: damaged or truncated .npz ({error}); copy the file again") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+    return found
+
+
+def npz_names(path: Path) -> list[str]:
+    """Names of the arrays of a .npz file; none where it is no such file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    except (zipfile.BadZipFile, OSError):
+        return []
+
+
+class NpyWriter:
+    """Appends rows to a .npy file whose number of rows is known at the end; what ``numpy.save`` would write."""
+
+    def __init__(self, path: Path, dtype: str, columns: int | None) -> None:
+        """Make the file.
+
+        Args:
+            path: of the file.
+            dtype: such as ``<f4``.
+            columns: C; ``None``: the array has one dimension.
+        """
+        self.path = path
+        self._dtype = np.dtype(dtype)
+        self._columns = columns
+        self._rows = 0
+        self._file: BinaryIO = path.open("wb")
+        self._write_header()
+
+    def write(self, values: NDArray[Any]) -> None:
+        """Append rows [B] or [B, C]."""
+        self._file.write(np.ascontiguousarray(values, self._dtype).reshape(-1).view(np.uint8).data)
+        self._rows += values.shape[0]
+
+    def finish(self) -> None:
+        """Put the number of rows into the header, and close."""
+        end = self._file.tell()
+        self._file.seek(0)
+        self._write_header()  # NumPy leaves room for a longer number of rows, so that it is as long as before
+        self._file.seek(end)
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write_header(self) -> None:
+        shape = (self._rows,) if self._columns is None else (self._rows, self._columns)
+        header = {"descr": npy.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
+        npy.write_array_header_1_0(self._file, header)
+
+
+def write_npz(path: Path, members: Mapping[str, Path]) -> None:
+    """Put .npy files together to a .npz file, stored, and remove them."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, file in members.items():
+            archive.write(file, f"{name}.npy")
+            file.unlink()
+
+
+def largest_keys(arrays: Sequence[NDArray[Any]], block_rows: int) -> list[int]:
+    """Largest value of each column of arrays [R, C] that lie one after the other; -1 where there is no row."""
+    largest = np.full(arrays[0].shape[1], -1, np.int64)
+    for array in arrays:
+        for start in range(0, array.shape[0], block_rows):
+            largest = np.maximum(largest, array[start : start + block_rows].max(axis=0).astype(np.int64))
+    return [int(key) for key in largest]

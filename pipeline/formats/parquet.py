@@ -1,0 +1,376 @@
+"""HugeCTR's and NVTabular's Parquet: float labels and dense columns, int64 keys, list columns for multi-hot.
+
+Published in HugeCTR's Python interface document ("Dataset formats", Parquet): a file list, and beside the files
+``_metadata.json`` with ``file_stats`` (``file_name``, ``num_rows``) and the columns (``col_name``, ``index``) that are
+``cats``, ``conts`` and ``labels``. NVTabular writes both. Without the metadata the column ``label`` is the label, float
+columns are dense, integers and lists are keys.
+
+Shapes: B rows, N dense columns, T tables, H key columns of all tables.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from dlrm.errors import DataError
+from pipeline.formats.block import Block, DenseKind, Schema, check_block, make_block, read_sidecar, write_sidecar
+from pipeline.formats.file_list import looks_like_list, read_file_list, write_file_list
+from pipeline.formats.interchange import (
+    Fit,
+    Loss,
+    ReadOptions,
+    WriteOptions,
+    distinct_names,
+    key_dtype_of,
+    tables_of,
+)
+from pipeline.formats.names import split_folders
+
+METADATA, FILE_LIST = "_metadata.json", "_file_list.txt"
+_MARKS = (METADATA, FILE_LIST, "*.parquet")
+_LABEL = "label"
+_ROWS_PER_FILE = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """Names of the columns by what they are."""
+
+    label: str
+    dense: tuple[str, ...]
+    tables: tuple[str, ...]
+
+    @property
+    def all(self) -> list[str]:
+        return [self.label, *self.dense, *self.tables]
+
+
+class ParquetSource:
+    """Parquet files of each split, in order."""
+
+    def __init__(self, files: dict[str, list[Path]], folder: Path, options: ReadOptions) -> None:
+        """Look into every file; without a file beside them that says more, scan the key columns."""
+        self._files = files
+        self._allow = options.allow
+        first = next((paths[0] for paths in files.values() if paths), None)
+        if first is None:
+            raise DataError(f"{folder}: no Parquet file in it; name a file, a file list or a folder")
+        self._columns = _columns(first)
+        self._rows = {path: self._open(path) for paths in files.values() for path in paths}
+        self.splits = {split: sum(self._rows[path] for path in paths) for split, paths in files.items()}
+        columns = self._columns
+        known = read_sidecar(folder, len(columns.dense), len(columns.tables), options.table_rows)
+        self.schema = known or self._scanned(folder.resolve().name, first, options)
+        names = (self.schema.dense_names, tuple(table.name for table in self.schema.tables))
+        if names != (columns.dense, columns.tables):
+            raise DataError(f"{folder}: the columns {', '.join(columns.all[1:])} are not those of the file beside them")
+
+    def _open(self, path: Path) -> int:
+        """Rows of a file, whose columns are those of the first one."""
+        types, rows = _shape(path)
+        for name in self._columns.all:
+            if name not in types:
+                raise DataError(f"{path}: no column {name!r}, only {', '.join(types)}")
+            inner = getattr(types[name], "inner", None) if name in self._columns.tables else None
+            if not _is_number(inner or types[name], integer=name in self._columns.tables):
+                raise DataError(f"{path}: column {name!r} has type {types[name]}, which is no type of such a column")
+        told = _metadata(path.parent).get("file_stats") or []
+        for stats in told:
+            if stats.get("file_name") == path.name and stats.get("num_rows") != rows:
+                raise DataError(
+                    f"{path}: {rows} rows, but {path.parent / METADATA} says {stats.get('num_rows')}; copy the file "
+                    "again, or correct the metadata"
+                )
+        return rows
+
+    def _scanned(self, name: str, first: Path, options: ReadOptions) -> Schema:
+        columns, types = self._columns, _shape(first)[0]
+        hotness, largest = [1] * len(columns.tables), [-1] * len(columns.tables)
+        for path in self._rows:
+            asked = []
+            for t, column in enumerate(columns.tables):
+                values, lists = pl.col(column), _is_list(types[column])
+                asked.append((values.list.len().max() if lists else pl.lit(1)).alias(f"h{t}"))
+                asked.append((values.list.max().max() if lists else values.max()).alias(f"k{t}"))
+            found = _collect(path, _scan(path, types).select(asked)).row(0)
+            hotness = [max(old, new or 0) for old, new in zip(hotness, found[::2], strict=True)]
+            largest = [max(old, -1 if new is None else new) for old, new in zip(largest, found[1::2], strict=True)]
+        tables = tables_of(len(columns.tables), options.table_rows, hotness, largest)
+        return Schema(
+            name=name or "parquet",
+            dense_names=columns.dense,
+            dense="float32",
+            tables=tuple(replace(table, name=column) for table, column in zip(tables, columns.tables, strict=True)),
+            missing_keys=any(_is_list(types[column]) for column in columns.tables),
+            key_dtype=key_dtype_of(max((table.rows for table in tables), default=1)),
+            source="Parquet files in HugeCTR's layout",
+        )
+
+    def blocks(self, split: str) -> Iterator[Block]:
+        """The rows of a split in order, checked."""
+        size = self.schema.block_rows()
+        for path in self._files[split]:
+            types = _shape(path)[0]
+            for start in range(0, self._rows[path], size):
+                frame = _collect(path, _scan(path, types).select(self._columns.all).slice(start, size))
+
+                def where(row: int, kind: str, column: int, path: Path = path, first: int = start) -> str:
+                    del kind, column  # the message names the column
+                    return f"{path}: row {first + row}"
+
+                yield check_block(self._block(frame, path, start), self.schema, where)
+
+    def _block(self, frame: pl.DataFrame, path: Path, first: int) -> Block:
+        for name in frame.columns:
+            if frame[name].null_count():
+                row = first + int(frame[name].is_null().arg_max() or 0)
+                raise DataError(f"{path}: row {row}: column {name!r} is null; fill it, as no value may be missing")
+        labels = frame[self._columns.label].cast(pl.Float32).to_numpy()
+        labels = np.where((labels == 0) | (labels == 1), labels, -1).astype(np.int32)
+        dense = np.empty((frame.height, len(self._columns.dense)), np.float32)
+        for n, name in enumerate(self._columns.dense):
+            values = frame[name].to_numpy()
+            with np.errstate(over="ignore"):
+                dense[:, n] = values
+            changed = (dense[:, n] != values) & ~np.isnan(values)
+            if changed.any() and "fp32-dense" not in self._allow:
+                row = int(np.argmax(changed))
+                raise DataError(
+                    f"{path}: row {first + row}: dense column {name!r} is {values[row]!r}, which 32 bits do not hold; "
+                    "--allow fp32-dense rounds it"
+                )
+        return make_block(labels, dense, self._keys(frame, path, first))
+
+    def _keys(self, frame: pl.DataFrame, path: Path, first: int) -> NDArray[np.int64]:
+        columns = self.schema.columns
+        keys = np.full((frame.height, int(columns[-1])), -1, np.int64)
+        for t, name in enumerate(self._columns.tables):
+            series = frame[name]
+            if not isinstance(series.dtype, pl.List):
+                keys[:, columns[t]] = series.to_numpy()
+                continue
+            lengths = series.list.len().to_numpy().astype(np.int64)
+            hotness = int(columns[t + 1] - columns[t])
+            if (lengths > hotness).any():
+                row = int(np.argmax(lengths > hotness))
+                raise DataError(
+                    f"{path}: row {first + row}: {lengths[row]} keys in column {name!r}, but the file beside it says "
+                    f"at most {hotness}"
+                )
+            values = series.filter(series.list.len() > 0).explode()
+            if values.null_count():
+                raise DataError(f"{path}: rows {first} ..: a key in a list of column {name!r} is null; fill it")
+            ends = np.cumsum(lengths)
+            place = np.arange(int(lengths.sum())) - np.repeat(ends - lengths, lengths)
+            keys[np.repeat(np.arange(frame.height), lengths), columns[t] + place] = values.to_numpy()
+        return keys
+
+
+def _is_list(dtype: Any) -> bool:
+    return isinstance(dtype, pl.List | pl.Array)
+
+
+def _is_number(dtype: Any, *, integer: bool) -> bool:
+    return bool(dtype.is_integer() or (not integer and (dtype.is_float() or dtype == pl.Boolean)))
+
+
+def _scan(path: Path, types: dict[str, Any]) -> pl.LazyFrame:
+    """A file whose fixed-length lists are lists like the others."""
+    fixed = [pl.col(name).arr.to_list() for name, dtype in types.items() if isinstance(dtype, pl.Array)]
+    frame = pl.scan_parquet(path, glob=False)
+    return frame.with_columns(fixed) if fixed else frame
+
+
+def _collect(path: Path, frame: pl.LazyFrame) -> pl.DataFrame:
+    try:
+        return frame.collect()
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:200]})") from None
+
+
+def _shape(path: Path) -> tuple[dict[str, Any], int]:
+    """Types of a file's columns, and its rows.
+
+    Raises:
+        DataError: it is missing or no Parquet file.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; restore it or correct the file list")
+    try:
+        frame = pl.scan_parquet(path, glob=False)
+        return dict(frame.collect_schema()), int(frame.select(pl.len()).collect().item())
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:200]})") from None
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """What ``_metadata.json`` says, nothing where there is none."""
+    path = folder / METADATA
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        for part in ("file_stats", "cats", "conts", "labels"):
+            if not all(isinstance(entry, dict) for entry in values.get(part, [])):
+                raise DataError(f"{path}: {part} must be a list of objects")
+        return dict(values)
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise DataError(f"{path}: not a Parquet data set's metadata ({error})") from None
+
+
+def _columns(path: Path) -> _Columns:
+    told = _metadata(path.parent)
+    if told:
+        named = {part: tuple(str(entry.get("col_name")) for entry in told.get(part, [])) for part in ("cats", "conts")}
+        labels = [str(entry.get("col_name")) for entry in told.get("labels", [])]
+        if len(labels) != 1:
+            raise DataError(f"{path.parent / METADATA}: labels {labels}; Crosslane trains on one label")
+        return _Columns(labels[0], named["conts"], named["cats"])
+    types = _shape(path)[0]
+    if _LABEL not in types:
+        raise DataError(f"{path}: no column {_LABEL!r}, and no {METADATA} that names another; write that file")
+    rest = {name: dtype for name, dtype in types.items() if name != _LABEL}
+    dense = tuple(name for name, dtype in rest.items() if dtype.is_float())
+    return _Columns(_LABEL, dense, tuple(name for name in rest if name not in dense))
+
+
+class ParquetSink:
+    """Parquet files, file list and metadata of each split."""
+
+    def __init__(self, directory: Path, schema: Schema, options: WriteOptions) -> None:
+        """Files are made as rows come."""
+        self._directory = directory
+        self._schema = schema
+        self._rows_per_file = options.rows_per_file or _ROWS_PER_FILE
+        self._waiting: list[pl.DataFrame] = []
+        self._split = ""
+        self._rows: dict[str, list[int]] = {}
+
+    def write(self, split: str, block: Block) -> None:
+        """Append rows; they wait in memory until a file is full."""
+        if split != self._split:
+            self._flush()
+            self._split = split
+            self._rows[split] = []
+        frame = self._frame(block)
+        while frame.height:
+            room = self._rows_per_file - sum(part.height for part in self._waiting)
+            self._waiting.append(frame[:room])
+            frame = frame[room:]
+            if sum(part.height for part in self._waiting) == self._rows_per_file:
+                self._flush()
+
+    def _frame(self, block: Block) -> pl.DataFrame:
+        columns = self._schema.columns
+        series = [pl.Series(_LABEL, block.labels.astype(np.float32))]
+        series += [pl.Series(name, block.dense[:, n].copy()) for n, name in enumerate(self._schema.dense_names)]
+        for t, table in enumerate(self._schema.tables):
+            keys = block.keys[:, columns[t] : columns[t + 1]]
+            if table.hotness == 1 and not self._schema.missing_keys:
+                series.append(pl.Series(table.name, keys[:, 0].copy()))
+                continue
+            lists = pl.Series(table.name, np.ascontiguousarray(keys)).arr.to_list()
+            if (keys < 0).any():
+                lists = lists.list.eval(pl.element().filter(pl.element() >= 0))
+            series.append(lists)
+        return pl.DataFrame(series)
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        frame = pl.concat(self._waiting)
+        self._waiting = []
+        folder = self._directory / self._split
+        folder.mkdir(exist_ok=True)
+        frame.write_parquet(folder / f"{len(self._rows[self._split])}.parquet", compression="snappy")
+        self._rows[self._split].append(frame.height)
+
+    def finish(self) -> None:
+        """Write the last file, the lists, the metadata, and what they have no place for."""
+        self._flush()
+        schema = self._schema
+        dense, tables = list(schema.dense_names), [table.name for table in schema.tables]
+        for split, rows in self._rows.items():
+            names = [f"{number}.parquet" for number in range(len(rows))]
+            metadata = {
+                "file_stats": [{"file_name": name, "num_rows": count} for name, count in zip(names, rows, strict=True)],
+                "cats": _indexed(tables, 1 + len(dense)),
+                "conts": _indexed(dense, 1),
+                "labels": _indexed([_LABEL], 0),
+            }
+            write_file_list(self._directory / split / FILE_LIST, names)
+            text = json.dumps(metadata, indent=1, ensure_ascii=False) + "\n"
+            (self._directory / split / METADATA).write_text(text, encoding="utf-8")
+        write_sidecar(self._directory, schema)
+
+    def close(self) -> None:
+        """Nothing stays open between rows."""
+
+
+def _indexed(names: list[str], first: int) -> list[dict[str, Any]]:
+    return [{"col_name": name, "index": first + place} for place, name in enumerate(names)]
+
+
+class Parquet:
+    """The format."""
+
+    name = "parquet"
+
+    def detect(self, path: Path) -> bool:
+        """A Parquet file, a list of such, or a folder of them."""
+        if path.is_file():
+            return path.suffix == ".parquet" or _lists_parquet(path)
+        return bool(split_folders(path, ["*.parquet", FILE_LIST]))
+
+    def read(self, path: Path, options: ReadOptions) -> ParquetSource:
+        """Open a file or file list (``train``), or a folder: of files, or of a folder for each split."""
+        if path.is_file():
+            files = {"train": [path] if path.suffix == ".parquet" else read_file_list(path)}
+            return ParquetSource(files, path.parent, options)
+        folders = split_folders(path, _MARKS)
+        return ParquetSource({split: _files(folder) for split, folder in folders.items()}, path, options)
+
+    def fit(self, schema: Schema, options: WriteOptions) -> Fit:  # noqa: ARG002 - nothing that asks for another schema
+        """Float dense columns, keys without weights."""
+        losses: set[Loss] = {"weights"} if schema.weighted else set()
+        if schema.counts:
+            losses.add("log1p-dense")
+        distinct_names(schema, self.name)
+        dense: DenseKind = "float32"
+        narrowest = key_dtype_of(max((table.rows for table in schema.tables), default=1))
+        kept = replace(schema, dense=dense, weighted=False, key_dtype=narrowest, offset_keys=False)
+        return Fit(kept, frozenset(losses))
+
+    def write(self, directory: Path, schema: Schema, options: WriteOptions) -> ParquetSink:
+        """Start writing."""
+        return ParquetSink(directory, schema, options)
+
+
+def _lists_parquet(path: Path) -> bool:
+    try:
+        return looks_like_list(path) and all(file.suffix == ".parquet" for file in read_file_list(path))
+    except DataError:
+        return False
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder: those of its list, else all, numbers by size."""
+    if (folder / FILE_LIST).is_file():
+        return read_file_list(folder / FILE_LIST)
+    numbers = re.compile(r"\d+")
+    return sorted(
+        folder.glob("*.parquet"),
+        key=lambda file: (numbers.sub("#", file.name), [int(number) for number in numbers.findall(file.name)]),
+    )
+
+
+PARQUET = Parquet()

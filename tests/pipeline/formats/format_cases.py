@@ -1,0 +1,55 @@
+"""What rows hold, whatever format they lie in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.convert import detect
+from pipeline.formats.block import Block, Schema
+from pipeline.formats.interchange import ReadOptions
+
+ONE_HOT = ((1000, 1), (100, 1), (3, 1), (70_000, 1))
+MULTI_HOT = ((1000, 3), (50, 1), (70_000, 5))
+
+
+@dataclass
+class Rows:
+    """What rows hold, as plain Python values; a bag is its keys, each with its weight where there are weights."""
+
+    labels: list[int]
+    dense: np.ndarray[Any, Any]
+    bags: list[list[list[Any]]]
+
+
+def collect(blocks: Iterable[Block], schema: Schema) -> Rows:
+    """The rows of blocks, one after the other."""
+    ends = list(pairwise(schema.columns.tolist()))
+    labels: list[int] = []
+    dense, bags = [], []
+    for block in blocks:
+        labels += block.labels.tolist()
+        dense.append(block.dense)
+        weights = block.weights.tolist() if schema.weighted else [[None] * block.keys.shape[1]] * block.rows
+        for keys, factors in zip(block.keys.tolist(), weights, strict=True):
+            pairs = list(zip(keys, factors, strict=True)) if schema.weighted else keys
+            bags.append([[pairs[h] for h in range(start, stop) if keys[h] >= 0] for start, stop in ends])
+    return Rows(labels, np.concatenate(dense), bags)
+
+
+def read_rows(path: Path, split: str = "train", **options: Any) -> Rows:
+    """All rows of a split of a file or folder whose format is found out."""
+    source = detect(path).read(path, ReadOptions(**options))
+    return collect(source.blocks(split), source.schema)
+
+
+def assert_same(found: Rows, wanted: Rows) -> None:
+    assert found.labels == wanted.labels
+    assert found.bags == wanted.bags
+    np.testing.assert_array_equal(found.dense, wanted.dense)
+    assert found.dense.dtype == wanted.dense.dtype
