@@ -277,7 +277,7 @@ class RowSum:
 
     def add(self, block: Block) -> None:
         """Take a block in."""
-        self._state = block_numba.sum_rows(
+        state = block_numba.sum_rows(
             self._state,
             block.labels,
             block.dense.view(np.int32),
@@ -285,6 +285,7 @@ class RowSum:
             block.weights.view(np.int32),
             self._columns,
         )
+        self._state = np.uint64(state)  # numba hands back a Python integer, and would take a small one as int64
         self.rows += block.rows
 
     @property
