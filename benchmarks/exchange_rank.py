@@ -134,7 +134,8 @@ def run_plan(setting: Setting, plan: Plan) -> dict[str, Any]:
         model.bottom_forward(dense, space)
         logits = model.top_forward(space, rows)
         bce_with_logits(logits, labels, setting.batch, space.grad_logits[:rows], device)
-        model.top_backward(space, rows)
+        model.top_data_backward(space, rows)
+        model.top_weight_backward(space, rows)
         model.bottom_backward(dense, space, rows)
         setting.carrier.all_reduce(model.flat_gradients).wait()
 

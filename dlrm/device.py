@@ -44,6 +44,8 @@ class Device(Protocol):
 
     xp: ModuleType
     threads: int
+    column_multiple: int
+    """Matrices' columns are rounded up to a multiple of this."""
 
     def kernel(self, module: str, name: str) -> Kernel | None:
         """The fused form of operation ``name`` of ``module``, or ``None``: run the reference."""
@@ -55,6 +57,10 @@ class Device(Protocol):
 
     def zeros(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
         """An array of zeros on the device."""
+        ...
+
+    def relu_mask(self, rows: int, columns: int, training: bool) -> Array | None:
+        """Room for what a backward pass has to know of a ReLU's output [rows, columns] besides the output."""
         ...
 
     def pinned_empty(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
@@ -102,6 +108,7 @@ class HostDevice:
     """
 
     xp: ModuleType = np
+    column_multiple = 1
 
     def __init__(self, threads: int | None = None, *, compiled: bool = True) -> None:
         self.compiled = compiled
@@ -137,6 +144,9 @@ class HostDevice:
     def zeros(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
         """An array of zeros that starts at a multiple of 64 bytes; large ones take memory as they are written."""
         return _aligned(np.zeros, shape, dtype)
+
+    def relu_mask(self, rows: int, columns: int, training: bool) -> None:
+        """Nothing: the output alone tells where the ReLU was on."""
 
     def pinned_empty(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
         """The same as ``empty``: the host has nothing to pin for itself."""

@@ -17,7 +17,7 @@ def num_chunks(rows: int) -> int:
     return -(-rows // ROWS_PER_CHUNK)
 
 
-def linear_relu_forward(x: Array, weight: Array, bias: Array, out: Array, device: Device) -> None:
+def linear_relu_forward(x: Array, weight: Array, bias: Array, out: Array, mask: Array | None, device: Device) -> None:
     """``out[:, :O] = max(x W^T + bias, 0)``.
 
     Args:
@@ -25,42 +25,76 @@ def linear_relu_forward(x: Array, weight: Array, bias: Array, out: Array, device
         weight: [O, I].
         bias: [O].
         out: [B, >= O]; its first O columns are written.
+        mask: what ``device.relu_mask`` gave for ``out``; written.
         device: runs it.
     """
     device.xp.matmul(x, weight.T, out=out[:, : len(weight)])
     (device.kernel(__name__, "bias_relu") or bias_relu)(out, bias)
 
 
-def linear_backward(
-    grad: Array, x: Array, weight: Array, grad_weight: Array, grad_x: Array | None, device: Device
-) -> None:
-    """``grad_weight = grad^T x`` and, if asked for, ``grad_x = grad W``.
-
-    Args:
-        grad: [B, >= O], its first O columns: gradient of ``x W^T + bias``.
-        x: [B, I].
-        weight: [O, I].
-        grad_weight: [O, I], written.
-        grad_x: [B, I], written; ``None`` for the first layer, whose input has no gradient.
-        device: runs it.
-    """
-    grad = grad[:, : len(weight)]
-    device.xp.matmul(grad.T, x, out=grad_weight)
-    if grad_x is not None:
-        device.xp.matmul(grad, weight, out=grad_x)
-
-
-def relu_backward(grad: Array, activation: Array, grad_bias: Array, partials: Array, device: Device) -> None:
+def relu_backward(grad: Array, activation: Array, grad_bias: Array, partials: Array | None, device: Device) -> None:
     """Clear ``grad`` where the ReLU was off, and sum it over the rows.
 
     Args:
         grad: [B, >= O]: gradient of the ReLU's output, changed in place to that of its input.
         activation: [B, >= O]: the ReLU's output.
-        grad_bias: [O], written: sum over the rows.
+        grad_bias: [O], written: sum over the rows. A GPU leaves that to ``linear_weight_backward``.
         partials: scratch, at least [num_chunks(B) * O].
         device: runs it.
     """
     (device.kernel(__name__, "mask_and_sum") or mask_and_sum)(grad, activation, grad_bias, partials)
+
+
+def linear_data_backward(
+    grad: Array,
+    weight: Array,
+    below: Array,
+    mask: Array | None,
+    grad_below: Array,
+    grad_bias: Array,
+    partials: Array | None,
+    device: Device,
+) -> None:
+    """``grad_below = (grad W) where below > 0``: back through a layer and the ReLU that made its input.
+
+    Args:
+        grad: [B, >= O], its first O columns: gradient of ``below W^T + bias``.
+        weight: [O, I].
+        below: [B, >= I]: the layer's input, a ReLU's output.
+        mask: what ``linear_relu_forward`` wrote beside ``below``.
+        grad_below: [B, I], written: gradient of that ReLU's input.
+        grad_bias: [I], written: its sum over the rows, as for ``relu_backward``.
+        partials: scratch, as for ``relu_backward``.
+        device: runs it.
+    """
+    device.xp.matmul(grad[:, : len(weight)], weight, out=grad_below)
+    relu_backward(grad_below, below, grad_bias, partials, device)
+
+
+def linear_input_backward(grad: Array, weight: Array, grad_x: Array, device: Device) -> None:
+    """``grad_x = grad W``, where no ReLU made x.
+
+    Args:
+        grad: [B, >= O], its first O columns: gradient of ``x W^T + bias``.
+        weight: [O, I].
+        grad_x: [B, I], written.
+        device: runs it.
+    """
+    device.xp.matmul(grad[:, : len(weight)], weight, out=grad_x)
+
+
+def linear_weight_backward(grad: Array, x: Array, grad_weight: Array, grad_bias: Array, device: Device) -> None:
+    """``grad_weight = grad^T x``.
+
+    Args:
+        grad: [B, >= O], its first O columns: gradient of ``x W^T + bias``.
+        x: [B, >= I].
+        grad_weight: [O, I], written.
+        grad_bias: [O]; a GPU sums ``grad`` over the rows here, inside the product.
+        device: runs it.
+    """
+    outputs, inputs = grad_weight.shape
+    device.xp.matmul(grad[:, :outputs].T, x[:, :inputs], out=grad_weight)
 
 
 def logit_forward(x: Array, weight: Array, bias: Array, out: Array, device: Device) -> None:

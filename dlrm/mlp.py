@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dlrm.device import Array, Device
-from dlrm.gemm import linear_backward, linear_relu_forward, num_chunks, relu_backward
+from dlrm.gemm import (
+    linear_data_backward,
+    linear_input_backward,
+    linear_relu_forward,
+    linear_weight_backward,
+    relu_backward,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,73 +35,69 @@ class Linear:
     grad_bias: Array
 
 
-@dataclass(frozen=True, slots=True)
-class Scratch:
-    """What a backward pass needs besides activations; holds nothing between two calls.
-
-    Attributes:
-        grads: two flat arrays for the gradients of neighbouring activations, each at least [B * widest].
-        partials: flat, for sums over rows, at least [num_chunks(B) * widest].
-    """
-
-    grads: tuple[Array, Array]
-    partials: Array
-
-    @classmethod
-    def allocate(cls, capacity: int, widest: int, dtype: object, device: Device) -> Scratch:
-        """Arrays for ``capacity`` rows and layers of up to ``widest`` inputs or outputs."""
-        size = capacity * widest
-        grads = (device.empty(size, dtype), device.empty(size, dtype))
-        return cls(grads, device.empty(num_chunks(capacity) * widest, dtype))
-
-    def grad(self, which: int, rows: int, width: int) -> Array:
-        """[rows, width] of the array ``which % 2``."""
-        return self.grads[which % 2][: rows * width].reshape(rows, width)
-
-
-def mlp_forward(x: Array, layers: Sequence[Linear], outs: Sequence[Array], device: Device) -> None:
+def mlp_forward(
+    x: Array, layers: Sequence[Linear], outs: Sequence[Array], masks: Sequence[Array | None], device: Device
+) -> None:
     """Write every layer's activation.
 
     Args:
         x: [B, I_0].
         layers: the chain.
         outs: one [B, >= O_k] a layer; only the last may be wider than O_k.
+        masks: beside each of ``outs``, as ``device.relu_mask`` gave them.
         device: runs it.
     """
-    for layer, out in zip(layers, outs, strict=True):
-        linear_relu_forward(x, layer.weight, layer.bias, out, device)
+    for layer, out, mask in zip(layers, outs, masks, strict=True):
+        linear_relu_forward(x, layer.weight, layer.bias, out, mask, device)
         x = out
 
 
-def mlp_backward(
-    x: Array,
+def mlp_data_backward(
     layers: Sequence[Linear],
     outs: Sequence[Array],
-    grad_out: Array,
-    scratch: Scratch,
+    masks: Sequence[Array | None],
+    grads: Sequence[Array],
+    partials: Array | None,
     device: Device,
     *,
     grad_x: Array | None = None,
 ) -> None:
-    """Write the gradients of every layer's weight and bias.
+    """Turn the gradient of the last activation into those of all of them, each before its ReLU.
+
+    Where the device sums biases beside the masks, their gradients are written too.
 
     Args:
-        x: [B, I_0].
         layers: the chain.
         outs: the activations that ``mlp_forward`` wrote.
-        grad_out: [B, >= O_last]: gradient of the last activation; changed in place. It may lie in
-            ``scratch.grads[len(layers) % 2]``.
-        scratch: for the gradients between the layers.
+        masks: what it wrote beside them.
+        grads: one [B, >= O_k] a layer; the last holds the gradient of the last activation, all are written.
+        partials: scratch, at least [num_chunks(B) * widest].
         device: runs it.
-        grad_x: [B, I_0], written: gradient of ``x``; ``None``: not wanted.
+        grad_x: [B, I_0], written: gradient of the chain's input; ``None``: not wanted.
     """
-    grad = grad_out
+    if layers:
+        relu_backward(grads[-1], outs[-1], layers[-1].grad_bias, partials, device)
+    for k in range(len(layers) - 1, 0, -1):
+        below = layers[k - 1]
+        linear_data_backward(
+            grads[k], layers[k].weight, outs[k - 1], masks[k - 1], grads[k - 1], below.grad_bias, partials, device
+        )
+    if layers and grad_x is not None:
+        linear_input_backward(grads[0], layers[0].weight, grad_x, device)
+
+
+def mlp_weight_backward(
+    x: Array, layers: Sequence[Linear], outs: Sequence[Array], grads: Sequence[Array], device: Device
+) -> None:
+    """Write the gradients of every layer's weight and, where the device left them to this, bias.
+
+    Args:
+        x: [B, I_0], the chain's input.
+        layers: the chain.
+        outs: the activations that ``mlp_forward`` wrote.
+        grads: what ``mlp_data_backward`` wrote.
+        device: runs it.
+    """
     for k in range(len(layers) - 1, -1, -1):
-        layer = layers[k]
-        relu_backward(grad, outs[k], layer.grad_bias, scratch.partials, device)
-        if k:
-            below, grad_below = outs[k - 1], scratch.grad(k, len(x), layer.weight.shape[1])
-        else:
-            below, grad_below = x, grad_x
-        linear_backward(grad, below, layer.weight, layer.grad_weight, grad_below, device)
-        grad = grad_below
+        below = outs[k - 1] if k else x
+        linear_weight_backward(grads[k], below, layers[k].grad_weight, layers[k].grad_bias, device)

@@ -26,7 +26,7 @@ class Flight:
         rows: B, this rank's valid rows; may be 0.
         global_rows: rows of the whole batch over all ranks, which the loss divides by.
         labels: [capacity] 0 or 1, in the model's dtype.
-        dense: [capacity, N] in the model's dtype.
+        dense: [capacity, model.dense_columns] in the model's dtype.
         keys: this rank's keys of all tables.
         workspace: activations of the dense part; ``workspace.vectors`` [capacity, 1 + T, D] is where the lanes meet.
         embedding: keys, vectors and gradients on their way between ranks.
@@ -59,7 +59,7 @@ class Flight:
         workspace = model.workspace(capacity, training=training)
         return cls(
             labels=device.empty((capacity,), model.dtype),
-            dense=device.empty((capacity, model.num_dense), model.dtype),
+            dense=device.zeros((capacity, model.dense_columns), model.dtype),
             workspace=workspace,
             embedding=embedding.buffers(capacity, workspace.vectors, workspace.grad_vectors),
         )

@@ -44,7 +44,8 @@ TRAIN_OVERLAPPED = (
     Row(S.top_backward, "dense"),
     Row(S.grad_dist, "comm", after=(S.top_backward,)),
     Row(S.bottom_backward, "dense"),
-    Row(S.reduce_dense, "comm", after=(S.bottom_backward,)),
+    Row(S.top_weight_backward, "dense"),
+    Row(S.reduce_dense, "comm", after=(S.top_weight_backward,)),
     Row(S.sparse_update, "embedding", after=(S.grad_dist,)),
     Row(S.dense_update, "dense", after=(S.reduce_dense,)),
 )

@@ -33,6 +33,7 @@ class S(StrEnum):
     top_backward = "top_backward"
     grad_dist = "grad_dist"
     bottom_backward = "bottom_backward"
+    top_weight_backward = "top_weight_backward"
     reduce_dense = "reduce_dense"
     sparse_update = "sparse_update"
     dense_update = "dense_update"
@@ -143,11 +144,11 @@ class Stages:
 
     @uses(
         reads="grad_logits activations.top vectors.bottom vectors.tables weights.top",
-        writes="scratch grad_vectors.bottom grad_vectors.tables gradients.top",
+        writes="scratch grads.top grad_vectors.bottom grad_vectors.tables gradients.top",
     )
     def top_backward(self, flight: Flight) -> None:
-        """Top MLP and interaction backward."""
-        self.model.top_backward(flight.workspace, flight.rows)
+        """Top MLP and interaction backward, down to the vectors."""
+        self.model.top_data_backward(flight.workspace, flight.rows)
 
     @uses(
         reads="keys embedding.keys grad_vectors.tables",
@@ -159,12 +160,17 @@ class Stages:
 
     @uses(
         reads="dense grad_vectors.bottom activations.bottom vectors.bottom weights.bottom",
-        writes="grad_vectors.bottom scratch gradients.bottom",
+        writes="grad_vectors.bottom scratch grads.bottom gradients.bottom",
     )
     def bottom_backward(self, flight: Flight) -> None:
         """Bottom MLP backward."""
         if self.model.first:
             self.model.bottom_backward(flight.dense[: flight.rows], flight.workspace, flight.rows)
+
+    @uses(reads="activations.top grads.top", writes="gradients.top")
+    def top_weight_backward(self, flight: Flight) -> None:
+        """Gradients of the top MLP's weights, which nobody but the dense update waits for."""
+        self.model.top_weight_backward(flight.workspace, flight.rows)
 
     @uses(reads="gradients.top gradients.bottom", writes="gradients.top gradients.bottom")
     def reduce_dense(self, flight: Flight) -> None:  # noqa: ARG002  every stage has the same signature

@@ -26,7 +26,7 @@ def test_layer_forward_and_backward(device, rows, inputs, outputs, extra, dtype,
     bias = rng.normal(size=outputs).astype(dtype)
     wide = rng.normal(size=(rows, outputs + extra)).astype(dtype)
     beyond = wide[:, outputs:].copy()
-    gemm.linear_relu_forward(x, weight, bias, wide, device)
+    gemm.linear_relu_forward(x, weight, bias, wide, None, device)
     before = x @ weight.T + bias
     np.testing.assert_allclose(wide[:, :outputs], np.maximum(before, 0), rtol=tolerance, atol=tolerance)
     np.testing.assert_array_equal(wide[:, outputs:], beyond)
@@ -40,9 +40,23 @@ def test_layer_forward_and_backward(device, rows, inputs, outputs, extra, dtype,
     np.testing.assert_array_equal(grad[:, :outputs], expected)
     np.testing.assert_array_equal(grad[:, outputs:], beyond)
     np.testing.assert_allclose(grad_bias, expected.sum(0), rtol=tolerance, atol=tolerance)
-    gemm.linear_backward(grad, x, weight, grad_weight, grad_x, device)
+    gemm.linear_weight_backward(grad, x, grad_weight, grad_bias, device)
+    gemm.linear_input_backward(grad, weight, grad_x, device)
     np.testing.assert_allclose(grad_weight, expected.T @ x, rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(grad_x, expected @ weight, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 1e-4)])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
+def test_data_backward_goes_through_the_relu_below(device, rows, inputs, outputs, dtype, tolerance, rng):
+    grad, weight = rng.normal(size=(rows, outputs)).astype(dtype), rng.normal(size=(outputs, inputs)).astype(dtype)
+    below = np.maximum(rng.normal(size=(rows, inputs)), 0).astype(dtype)
+    grad_below, grad_bias = np.full_like(below, np.nan), np.full_like(weight[0], np.nan)
+    partials = np.full(gemm.num_chunks(rows) * inputs, np.nan, dtype)
+    gemm.linear_data_backward(grad, weight, below, None, grad_below, grad_bias, partials, device)
+    expected = (grad @ weight) * (below > 0)
+    np.testing.assert_allclose(grad_below, expected, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(grad_bias, expected.sum(0), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 130, 2500])
@@ -91,8 +105,9 @@ def test_products_are_handed_to_blas_without_copies(rng, monkeypatch):
     vectors = device.empty((70, 5 * 8), np.float32)
     grad = rng.normal(size=vectors.shape).astype(np.float32)
     x, weight = device.zeros((70, 6), np.float32), device.zeros((8, 6), np.float32)
-    gemm.linear_relu_forward(x, weight, device.zeros(8, np.float32), vectors, device)
-    gemm.linear_backward(grad, x, weight, np.empty_like(weight), np.empty_like(x), device)
+    gemm.linear_relu_forward(x, weight, device.zeros(8, np.float32), vectors, None, device)
+    gemm.linear_weight_backward(grad, x, np.empty_like(weight), np.empty_like(weight[:, 0]), device)
+    gemm.linear_input_backward(grad, weight, np.empty_like(x), device)
     assert len(seen) == 9
     for array in seen:
         assert min(array.strides) == array.itemsize

@@ -34,7 +34,8 @@ def run_step(model, workspace, dense, pooled, labels):
     model.bottom_forward(dense, workspace)
     logits = model.top_forward(workspace, rows)
     loss = bce_with_logits(logits, labels, rows or 1, workspace.grad_logits[:rows], model.device)
-    model.top_backward(workspace, rows)
+    model.top_data_backward(workspace, rows)
+    model.top_weight_backward(workspace, rows)
     model.bottom_backward(dense, workspace, rows)
     return loss
 
@@ -120,7 +121,7 @@ def test_grad_of_the_bottom_output_lies_in_place_0(device, rng):
 
     logits_sum(bottom)
     workspace.grad_logits[:] = 1
-    model.top_backward(workspace, 4)
+    model.top_data_backward(workspace, 4)
     grad = workspace.grad_vectors[:, 0].copy()
     direction = 1e-6 * rng.normal(size=bottom.shape)
     rise = logits_sum(bottom + direction) - logits_sum(bottom - direction)
