@@ -17,7 +17,14 @@ def num_chunks(rows: int) -> int:
     return -(-rows // ROWS_PER_CHUNK)
 
 
-def linear_relu_forward(x: Array, weight: Array, bias: Array, out: Array, mask: Array | None, device: Device) -> None:
+def linear_relu_forward(
+    x: Array,
+    weight: Array,
+    bias: Array,
+    out: Array,
+    mask: Array | None,  # noqa: ARG001  a GPU writes it
+    device: Device,
+) -> None:
     """``out[:, :O] = max(x W^T + bias, 0)``.
 
     Args:
@@ -49,7 +56,7 @@ def linear_data_backward(
     grad: Array,
     weight: Array,
     below: Array,
-    mask: Array | None,
+    mask: Array | None,  # noqa: ARG001  a GPU reads it
     grad_below: Array,
     grad_bias: Array,
     partials: Array | None,
@@ -83,7 +90,13 @@ def linear_input_backward(grad: Array, weight: Array, grad_x: Array, device: Dev
     device.xp.matmul(grad[:, : len(weight)], weight, out=grad_x)
 
 
-def linear_weight_backward(grad: Array, x: Array, grad_weight: Array, grad_bias: Array, device: Device) -> None:
+def linear_weight_backward(
+    grad: Array,
+    x: Array,
+    grad_weight: Array,
+    grad_bias: Array,  # noqa: ARG001  a GPU writes it
+    device: Device,
+) -> None:
     """``grad_weight = grad^T x``.
 
     Args:
