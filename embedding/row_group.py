@@ -31,7 +31,7 @@ from embedding.placement import Placement, TableSpec
 from embedding.replicated import ReplicatedRows
 from embedding.row_layout import row_layout, rows_of
 from embedding.row_route import RowRoute
-from embedding.slots import pool_slots, route_keys, slots_of_tables, sum_slots
+from embedding.slots import ALL, ELSEWHERE, HERE, pool_slots, route_keys, slots_of_tables, sum_slots
 from embedding.sparse_optim import UpdateScratch, update_rows
 from embedding.table import Part, Shard, create_shards, with_touched
 from embedding.topology import share_of
@@ -122,7 +122,10 @@ class RowGroup:
             all_reduce=all_reduce,
         )
         self._layout = row_layout(specs, placements, comm.size)
-        self._here = [placement.threshold == spec.rows for spec, placement in zip(specs, placements, strict=True)]
+        self._sides = [
+            HERE if p.threshold == spec.rows else ALL if p.threshold else ELSEWHERE
+            for spec, p in zip(specs, placements, strict=True)
+        ]
         owned = [
             Part(spec, rows_of(spec, placement, comm.size, comm.rank), columns)
             for spec, placement in zip(specs, placements, strict=True)
@@ -218,7 +221,7 @@ class RowGroup:
         )
 
     def start_output_dist(self, buffers: RowBuffers) -> Finish:
-        """Start to send the rows; what is returned waits for them and pools, first the tables that need none of them.
+        """Start to send the rows; what is returned waits for them and pools, first the bags that need none of them.
 
         The end reads the replicated rows, so that it comes before the next update.
         """
@@ -226,44 +229,46 @@ class RowGroup:
         received = buffers.rows("received", self._dtype, sum(buffers.asked), self._dim)
         arrive = self._fetch(buffers.rows("owner_rows", self._dtype, len(buffers.ids), self._dim), received, buffers)
 
-        def pool_tables(tables: range) -> None:
-            slots, offsets, weights = slots_of_tables(
-                tables, buffers.num_rows, buffers.slots, _offsets(keys), _weights(keys)
-            )
-            pool_slots(
-                self._replicated.weight,
-                received,
-                slots,
-                offsets,
-                weights,
-                self._mean[tables.start : tables.stop],
-                self._place[tables.start : tables.stop],
-                buffers.num_rows,
-                buffers.vectors,
-                device=self._device,
-            )
-
-        def pool() -> None:
-            for tables in self._pieces(buffers.num_rows, here=True):
-                pool_tables(tables)
+        def pool(pieces: Sequence[tuple[range, int]]) -> None:
+            for tables, side in pieces:
+                slots, offsets, weights = slots_of_tables(
+                    tables, buffers.num_rows, buffers.slots, _offsets(keys), _weights(keys)
+                )
+                pool_slots(
+                    self._replicated.weight,
+                    received,
+                    slots,
+                    offsets,
+                    weights,
+                    self._mean[tables.start : tables.stop],
+                    self._place[tables.start : tables.stop],
+                    buffers.num_rows,
+                    buffers.vectors,
+                    device=self._device,
+                    side=side,
+                )
                 self._comm.progress()
+
+        def finish() -> None:
+            pool(self._pieces(HERE, buffers.num_rows))
             arrive()
-            for tables in self._pieces(buffers.num_rows, here=False):
-                pool_tables(tables)
+            pool(self._pieces(ELSEWHERE, buffers.num_rows))
 
-        return pool
+        return finish
 
-    def _pieces(self, num_rows: int, *, here: bool) -> list[range]:
-        """Consecutive tables whose rows all lie here, in pieces of some bags; or the other ones, in one piece each."""
-        most = max(1, _PIECE_BAGS // max(1, num_rows)) if here else len(self._here)
-        pieces: list[range] = []
-        for table, lies_here in enumerate(self._here):
-            if lies_here != here:
+    def _pieces(self, side: int, num_rows: int) -> list[tuple[range, int]]:
+        """Consecutive tables of which something lies on this side, in pieces of some bags; which of their rows."""
+        most = max(1, _PIECE_BAGS // max(1, num_rows))
+        pieces: list[tuple[range, int]] = []
+        for table, lies in enumerate(self._sides):
+            if lies not in (ALL, side):
                 continue
-            if pieces and pieces[-1].stop == table and len(pieces[-1]) < most:
-                pieces[-1] = range(pieces[-1].start, table + 1)
+            which = side if lies == ALL else ALL  # all of a table that lies on one side
+            last, same = pieces[-1] if pieces else (range(0), which)
+            if pieces and last.stop == table and same == which and len(last) < most:
+                pieces[-1] = range(last.start, table + 1), which
             else:
-                pieces.append(range(table, table + 1))
+                pieces.append((range(table, table + 1), which))
         return pieces
 
     def start_grad_dist(self, buffers: RowBuffers) -> Finish:
@@ -278,33 +283,33 @@ class RowGroup:
         frequent_sum.fill(0)
         going.fill(0)
 
-        def sum_tables(tables: range) -> None:
-            slots, offsets, weights = slots_of_tables(
-                tables, buffers.num_rows, buffers.slots, _offsets(keys), _weights(keys)
-            )
-            sum_slots(
-                buffers.grad_vectors,
-                slots,
-                offsets,
-                weights,
-                self._mean[tables.start : tables.stop],
-                self._place[tables.start : tables.stop],
-                buffers.num_rows,
-                compact,
-                self._layout.frequent,
-                frequent_sum,
-                going,
-                device=self._device,
-                fresh=False,
-            )
+        def add(pieces: Sequence[tuple[range, int]]) -> None:
+            for tables, side in pieces:
+                slots, offsets, weights = slots_of_tables(
+                    tables, buffers.num_rows, buffers.slots, _offsets(keys), _weights(keys)
+                )
+                sum_slots(
+                    buffers.grad_vectors,
+                    slots,
+                    offsets,
+                    weights,
+                    self._mean[tables.start : tables.stop],
+                    self._place[tables.start : tables.stop],
+                    buffers.num_rows,
+                    compact,
+                    self._layout.frequent,
+                    frequent_sum,
+                    going,
+                    device=self._device,
+                    side=side,
+                    fresh=False,
+                )
+                self._comm.progress()
 
-        for tables in self._pieces(buffers.num_rows, here=False):
-            sum_tables(tables)
+        add(self._pieces(ELSEWHERE, buffers.num_rows))
         coming = buffers.rows("owner_rows", self._dtype, len(buffers.ids), self._dim)
         arrive = self._send_gradients(going, coming, buffers)
-        for tables in self._pieces(buffers.num_rows, here=True):
-            sum_tables(tables)
-            self._comm.progress()
+        add(self._pieces(HERE, buffers.num_rows))
         event = self._replicated.start_reduce(buffers, buffers.slots, buffers.touched)
 
         def finish() -> None:

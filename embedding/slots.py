@@ -15,6 +15,9 @@ import numpy as np
 from dlrm.device import Array, Device
 from embedding.sparse_optim import share_work
 
+ALL, HERE, ELSEWHERE = 0, 1, 2
+"""Which bags are pooled, or which rows' gradients are summed: bags of replicated rows alone need no exchange."""
+
 SPREAD = -1
 """Owner of a table whose rows lie on all ranks in turn."""
 
@@ -153,6 +156,7 @@ def pool_slots(
     out: Array,
     *,
     device: Device,
+    side: int = ALL,
 ) -> None:
     """Pool each bag of slots, as ``lookup.gather_pool`` pools bags of keys.
 
@@ -167,10 +171,11 @@ def pool_slots(
         num_rows: B.
         out: [B or more, F, D] C-contiguous; other places are left alone.
         device: where the arrays lie.
+        side: ``HERE``: only bags all of whose rows are replicated, an empty one among them; ``ELSEWHERE``: the others.
     """
     kernel = device.kernel(__name__, "pool_slots")
     operation = kernel if kernel is not None else pool_slots_reference
-    operation(frequent, received, slots, offsets, key_weights, mean, place, num_rows, out)
+    operation(frequent, received, slots, offsets, key_weights, mean, place, num_rows, out, side)
 
 
 def pool_slots_reference(
@@ -183,6 +188,7 @@ def pool_slots_reference(
     place: Array,
     num_rows: int,
     out: Array,
+    side: int,
 ) -> None:
     """The plain form of ``pool_slots``."""
     if len(offsets) == 0:
@@ -191,13 +197,18 @@ def pool_slots_reference(
     bags = np.repeat(np.arange(len(lengths)), lengths)
     keys = slice(offsets[0], offsets[-1])
     slots, key_weights = slots[keys], key_weights[keys]
+    pooled_here = np.bincount(bags, slots >= len(frequent), len(lengths)) == 0
+    chosen = np.ones(len(lengths), np.bool_) if side == ALL else pooled_here == (side == HERE)
+    used = chosen[bags]  # rows that have not arrived are not looked at
+    bags, slots, key_weights = bags[used], slots[used], key_weights[used] if len(key_weights) else key_weights
     rows = np.concatenate([frequent, received])[slots]
     if len(key_weights):
         rows = rows * key_weights[:, None].astype(rows.dtype)
     pooled = np.zeros((len(lengths), out.shape[2]), out.dtype)
     np.add.at(pooled, bags, rows)
     divisors = np.where(np.repeat(mean, num_rows), np.maximum(1, lengths), 1).astype(out.dtype)
-    out[:num_rows, place] = (pooled / divisors[:, None]).reshape(len(place), num_rows, out.shape[2]).swapaxes(0, 1)
+    table, row = np.nonzero(chosen.reshape(len(place), num_rows))
+    out[row, place[table]] = (pooled / divisors[:, None])[chosen]
 
 
 def sum_slots(
@@ -214,6 +225,7 @@ def sum_slots(
     received_sum: Array,
     *,
     device: Device,
+    side: int = ALL,
     fresh: bool = True,
 ) -> None:
     """Sum each slot's gradient over its occurrences in this rank's bags, in their order.
@@ -233,6 +245,7 @@ def sum_slots(
         frequent_sum: [H or fewer, D], overwritten.
         received_sum: [N, D], overwritten.
         device: where the arrays lie.
+        side: ``HERE``: only gradients of replicated rows; ``ELSEWHERE``: only the others.
         fresh: ``False``: the sums hold other tables' already, and these are added.
     """
     if fresh:
@@ -245,7 +258,7 @@ def sum_slots(
     operation = kernel if kernel is not None else add_slots
     operation(
         gradients, slots, offsets, key_weights, mean, place, num_rows, compact, frequent, frequent_sum, received_sum,
-        *work,
+        side, *work,
     )  # fmt: skip
 
 
@@ -261,6 +274,7 @@ def add_slots(
     frequent: int,
     frequent_sum: Array,
     received_sum: Array,
+    side: int,
     tables: Array | None,  # noqa: ARG001 the compiled form's work
     parts: Array | None,  # noqa: ARG001
     of_parts: Array | None,  # noqa: ARG001
@@ -280,9 +294,11 @@ def add_slots(
     factor /= np.where(mean[table], lengths[bags], 1).astype(gradients.dtype)
     rows = gradients[bags % num_rows, place[table]] * factor[:, None]
     own = slots < frequent
-    targets = compact[slots[own]] if len(compact) else slots[own]
-    np.add.at(frequent_sum, targets, rows[own])
-    np.add.at(received_sum, slots[~own] - frequent, rows[~own])
+    if side != ELSEWHERE:
+        targets = compact[slots[own]] if len(compact) else slots[own]
+        np.add.at(frequent_sum, targets, rows[own])
+    if side != HERE:
+        np.add.at(received_sum, slots[~own] - frequent, rows[~own])
 
 
 def mark_slots(slots: Array, frequent: int, marks: Array, *, device: Device) -> None:

@@ -17,6 +17,9 @@ _AHEAD = 8
 _BLOCK = 64
 """Bags of one table that make a piece of work."""
 
+_ALL, _HERE = 0, 1
+"""As ``slots.ALL`` and ``slots.HERE``."""
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """2^64 divided by the golden ratio: multiplied rows spread over the upper bits (Knuth, volume 3, section 6.4)."""
 
@@ -93,7 +96,7 @@ def _key_of(offsets, bag):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
-def pool_slots(frequent, received, slots, offsets, key_weights, mean, place, num_rows, out):  # type: ignore[no-untyped-def]
+def pool_slots(frequent, received, slots, offsets, key_weights, mean, place, num_rows, out, side):  # type: ignore[no-untyped-def]
     """See ``slots.pool_slots``."""
     blocks = (num_rows + _BLOCK - 1) // _BLOCK
     dim = out.shape[2]
@@ -111,9 +114,10 @@ def pool_slots(frequent, received, slots, offsets, key_weights, mean, place, num
         for b in range(first, last):
             begin = _key_of(offsets, bag + b)
             end = _key_of(offsets, bag + b + 1)
-            for k in range(asked, min(end + _AHEAD, end_key)):
-                prefetch_row(near if slots[k] < count else far, slots[k], row_bytes)
+            _prefetch(slots, asked, min(end + _AHEAD, end_key), count, near, far, row_bytes, side)
             asked = max(asked, min(end + _AHEAD, end_key))
+            if not _on_side(0 if _lies_here(slots, begin, end, count) else 1, 1, side):
+                continue
             if begin == end or len(key_weights) > 0:
                 for d in range(dim):
                     out[b, place[table], d] = 0
@@ -126,6 +130,27 @@ def pool_slots(frequent, received, slots, offsets, key_weights, mean, place, num
                 divisor = out.dtype.type(end - begin)
                 for d in range(dim):
                     out[b, place[table], d] /= divisor
+
+
+@numba.njit(nogil=True, forceinline=True, cache=True)
+def _lies_here(slots, begin, end, count):  # type: ignore[no-untyped-def]
+    """Whether all of a bag's rows are replicated."""
+    here = 0
+    for k in range(begin, end):
+        here += slots[k] < count
+    return here == end - begin
+
+
+@numba.njit(nogil=True, forceinline=True, cache=True)
+def _prefetch(slots, begin, end, count, near, far, row_bytes, side):  # type: ignore[no-untyped-def]
+    for k in range(begin, end):
+        if _on_side(slots[k], count, side):
+            prefetch_row(near if slots[k] < count else far, slots[k], row_bytes)
+
+
+@numba.njit(nogil=True, forceinline=True, cache=True)
+def _on_side(slot, frequent, side):  # type: ignore[no-untyped-def]
+    return side == _ALL or (slot < frequent) == (side == _HERE)
 
 
 @numba.njit(nogil=True, forceinline=True, cache=True)
@@ -145,7 +170,7 @@ def _add(rows, row, k, key_weights, first, out, b, place):  # type: ignore[no-un
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def add_slots(  # type: ignore[no-untyped-def]
-    gradients, slots, offsets, key_weights, mean, place, num_rows, compact, frequent, frequent_sum, received_sum,
+    gradients, slots, offsets, key_weights, mean, place, num_rows, compact, frequent, frequent_sum, received_sum, side,
     tables, parts, of_parts, worker_end,
 ):  # fmt: skip
     """See ``slots.add_slots``."""
@@ -160,7 +185,7 @@ def add_slots(  # type: ignore[no-untyped-def]
                 share = number(1) / number(end - begin) if mean[table] and end - begin > 1 else number(1)
                 for k in range(begin, end):
                     slot = slots[k]
-                    if pieces > 1 and slot % pieces != parts[item]:
+                    if (pieces > 1 and slot % pieces != parts[item]) or not _on_side(slot, frequent, side):
                         continue
                     factor = share
                     if len(key_weights) > 0:

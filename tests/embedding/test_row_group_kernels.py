@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dlrm.device import HostDevice
 from embedding.placement import Placement, TableSpec
 from embedding.row_group import row_layout, rows_of
-from embedding.slots import SPREAD, mark_slots, pool_slots, route_keys, sum_slots
+from embedding.slots import ELSEWHERE, HERE, SPREAD, mark_slots, pool_slots, route_keys, slots_of_tables, sum_slots
 
 COMPILED, REFERENCE = HostDevice(2), HostDevice(compiled=False)
 
@@ -113,6 +113,25 @@ def test_pooling_and_its_gradient_equal_a_plain_loop(batch: dict, weighted: bool
             expected[places if len(places) else slice(None)] = sums[: layout.frequent]
             np.testing.assert_allclose(frequent_sum, expected, rtol=1e-12, atol=1e-12)
             np.testing.assert_allclose(received_sum, sums[layout.frequent :], rtol=1e-12, atol=1e-12)
+        # Table by table, first what needs no exchange: not a bit changes, and rows that are not here are not read.
+        apart, apart_frequent, apart_received = (
+            np.full_like(pooled, 7.0),
+            np.zeros_like(frequent),
+            np.zeros_like(received),
+        )
+        for side in (HERE, ELSEWHERE):
+            arrived = np.full_like(received, np.nan) if side == HERE else received
+            for t in range(tables):
+                own = slots_of_tables(range(t, t + 1), bags, slots, batch["offsets"], weights)
+                one = (*own, means[t : t + 1], place[t : t + 1], bags)
+                pool_slots(frequent, arrived, *one, apart, device=device, side=side)
+                sum_slots(
+                    gradients, *one, compact[:0], layout.frequent, apart_frequent, apart_received, device=device,
+                    side=side, fresh=False,
+                )  # fmt: skip
+        np.testing.assert_array_equal(apart, out)
+        np.testing.assert_array_equal(apart_frequent, frequent_sum)
+        np.testing.assert_array_equal(apart_received, received_sum)
         marks = np.zeros(layout.frequent, np.uint8)
         mark_slots(slots, layout.frequent, marks, device=device)
         assert set(np.flatnonzero(marks)) == {slot for slot in slots.tolist() if slot < layout.frequent}
