@@ -38,11 +38,15 @@ class DataConfig:
     shuffle: bool = True
     """Draw the training rows of each epoch in a new order, fixed by ``seed``."""
     shuffle_window: PositiveInt = 8_388_608
-    """Rows shuffled together; smaller than the split means a window shuffle in file order."""
+    """Rows shuffled together; smaller than the split means a window shuffle."""
+    shuffle_block: PositiveInt = 1
+    """Rows that a shuffle leaves together, as they stand in the file; 1 shuffles single rows."""
     drop_last: bool = False
     """Leave out the last training batch of an epoch if it is incomplete."""
     prefetch: PositiveInt = 4
     """Batches that the loader reads ahead."""
+    readers: PositiveInt = 2
+    """Threads that read them."""
     verify: bool = False
     """Check the files' checksums before training."""
 

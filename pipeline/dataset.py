@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlrm.errors import DataError
+from embedding.jagged import Jagged
 from pipeline.formats.batch import HostBatch, size_fault
 from pipeline.formats.jagged import JaggedReader
 from pipeline.formats.raw import RawReader, Rows
+from pipeline.formats.record_files import RecordFiles, RecordSource, prefers_direct
 from pipeline.manifest import Ceilings, Manifest, SplitInfo, TableInfo, read_manifest
 from pipeline.writer import DatasetWriter
 
@@ -28,6 +30,7 @@ class Split:
     Attributes:
         name: such as ``train``.
         rows: how many samples it has.
+        shards: samples of each file, in order.
     """
 
     def __init__(self, dataset: Dataset, name: str) -> None:
@@ -36,9 +39,11 @@ class Split:
         Raises:
             DataError: a file is missing, truncated or oversized.
         """
-        info = dataset.manifest.splits[name]
+        self._info = info = dataset.manifest.splits[name]
+        self._dataset = dataset
         self.name = name
         self.rows = info.rows
+        self.shards = tuple(file.rows for file in info.files if file.part == "rows")
         reader = JaggedReader if dataset.manifest.layout == "jagged" else RawReader
         self._reader = reader(dataset.path, dataset.manifest, info)
 
@@ -57,17 +62,36 @@ class Split:
             DataError: a value is out of range; the message names file, row, column and value.
             IndexError: a row number lies outside the split.
         """
-        if isinstance(rows, slice):
-            numbers: Rows = np.arange(*rows.indices(self.rows), dtype=np.int64)
-        else:
-            numbers = np.ascontiguousarray(rows, np.int64)
-        if numbers.size and (numbers.min() < 0 or numbers.max() >= self.rows):
-            raise IndexError(f"rows {numbers.min()} .. {numbers.max()} lie outside 0 .. {self.rows - 1}")
-        return self._reader.read(numbers)
+        return self._reader.read(self._numbers(rows))
+
+    def read_keys(self, rows: NDArray[np.int64] | slice) -> Jagged:
+        """The keys alone of ``read``."""
+        return self._reader.read_keys(self._numbers(rows))
+
+    def records(self, *, direct: bool | None = None) -> RecordSource:
+        """The rows as they are stored; whoever asks for them closes them.
+
+        Args:
+            direct: pass the page cache by; ``None``: where the split takes more than half of the memory.
+
+        Raises:
+            DataError: the layout has no records of one length.
+        """
+        if direct is None:
+            direct = prefers_direct(sum(file.bytes for file in self._info.files))
+        return RecordFiles(self._dataset.path, self._dataset.manifest, self._info, self._reader.files, direct=direct)
 
     def will_need(self, start: int, stop: int) -> None:
         """Ask the system to read rows ``start .. stop`` ahead into its page cache; returns at once."""
         self._reader.will_need(start, stop)
+
+    def _numbers(self, rows: NDArray[np.int64] | slice) -> Rows:
+        if isinstance(rows, slice):
+            return np.arange(*rows.indices(self.rows), dtype=np.int64)
+        numbers: Rows = np.ascontiguousarray(rows, np.int64)
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= self.rows):
+            raise IndexError(f"rows {numbers.min()} .. {numbers.max()} lie outside 0 .. {self.rows - 1}")
+        return numbers
 
 
 class Dataset:

@@ -68,6 +68,7 @@ class Evaluator:
             window=self.batch_size,
             drop_last=False,
             prefetch=engine.config.data.prefetch,
+            readers=engine.config.data.readers,
             epochs=1,
         )
         at = 0

@@ -63,6 +63,7 @@ def calibrate(config: RunConfig, dataset: Dataset) -> Calibration:
         window=config.data.shuffle_window,
         drop_last=False,
         prefetch=2,
+        block=config.data.shuffle_block,
         stop_step=config.embedding.calibration_batches,
         epochs=1,
     ) as batches:

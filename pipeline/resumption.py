@@ -11,6 +11,7 @@ _ORDER = (
     ("data", "batch_size"),
     ("data", "shuffle"),
     ("data", "shuffle_window"),
+    ("data", "shuffle_block"),
     ("data", "drop_last"),
 )
 

@@ -199,6 +199,8 @@ class Trainer:
             window=config.data.shuffle_window,
             drop_last=config.data.drop_last,
             prefetch=config.data.prefetch,
+            block=config.data.shuffle_block,
+            readers=config.data.readers,
             start_step=self.course.step,
             stop_step=self.steps,
             epochs=config.train.epochs,

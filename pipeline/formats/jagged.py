@@ -80,7 +80,7 @@ class JaggedReader:
             DataError: a file is missing, truncated or oversized, or offsets and keys do not fit each other.
         """
         self._manifest = manifest
-        self._files = RowFiles(directory, manifest, split)
+        self.files = RowFiles(directory, manifest, split)
         self._tables = [_TableFiles(directory, manifest, split, table) for table in manifest.tables]
 
     def read(self, rows: Rows) -> HostBatch:
@@ -92,7 +92,11 @@ class JaggedReader:
         Raises:
             DataError: a label, dense value, key, weight or offset is out of range.
         """
-        labels, dense = self._files.read_head(rows)
+        labels, dense = self.files.read_head(rows)
+        return HostBatch(labels, dense, self.read_keys(rows), rows.size)
+
+    def read_keys(self, rows: Rows) -> Jagged:
+        """The keys alone of ``read``."""
         num_tables, num_rows = len(self._tables), rows.size
         counts = np.zeros((num_tables, num_rows), np.int64)
         for table, part in zip(self._tables, counts, strict=True):
@@ -103,8 +107,8 @@ class JaggedReader:
         weights = np.empty(offsets[-1], np.float32) if self._manifest.weighted else None
         for table, starts in zip(self._tables, offsets[:-1].reshape(num_tables, num_rows), strict=True):
             table.copy(rows, starts, keys, weights)
-        return HostBatch(labels, dense, Jagged(keys, offsets, weights, num_tables, num_rows), num_rows)
+        return Jagged(keys, offsets, weights, num_tables, num_rows)
 
     def will_need(self, start: int, stop: int) -> None:
         """Have labels and dense columns of rows ``start .. stop`` read ahead into the page cache."""
-        self._files.will_need(start, stop)
+        self.files.will_need(start, stop)

@@ -123,7 +123,7 @@ class RawReader:
             DataError: a file is missing, truncated or oversized.
         """
         self._manifest = manifest
-        self._files = RowFiles(directory, manifest, split)
+        self.files = RowFiles(directory, manifest, split)
         self._wide = manifest.key_dtype == "int64"
         self._first = 1 + len(manifest.dense.names)
         hotness = [table.hotness for table in manifest.tables]
@@ -141,16 +141,17 @@ class RawReader:
         Raises:
             DataError: a label, dense value, key or weight is out of range.
         """
-        labels, dense = self._files.read_head(rows)
-        return HostBatch(labels, dense, self._read_keys(rows), rows.size)
+        labels, dense = self.files.read_head(rows)
+        return HostBatch(labels, dense, self.read_keys(rows), rows.size)
 
     def will_need(self, start: int, stop: int) -> None:
         """Have rows ``start .. stop`` read ahead into the page cache."""
-        self._files.will_need(start, stop)
+        self.files.will_need(start, stop)
 
-    def _read_keys(self, rows: Rows) -> Jagged:
+    def read_keys(self, rows: Rows) -> Jagged:
+        """The keys alone of ``read``."""
         num_tables, num_rows = self._table_rows.size, rows.size
-        pieces = list(self._files.pieces(rows))
+        pieces = list(self.files.pieces(rows))
         if self._one_hot:
             keys = np.empty((num_tables, num_rows), self._manifest.key_dtype)
             for words, inside, places in pieces:
@@ -202,7 +203,7 @@ class RawReader:
                 weights,
             )
             if b >= 0:
-                path, row = self._files.locate(rows[b])
+                path, row = self.files.locate(rows[b])
                 raise DataError(
                     f"{path}: row {row}: a weight of table {self._table(column).name!r} is not finite; correct the row"
                 )
@@ -214,9 +215,9 @@ class RawReader:
     def _check_key(self, rows: Rows, b: int, column: int) -> None:
         if b < 0:
             return
-        path, row = self._files.locate(rows[b])
+        path, row = self.files.locate(rows[b])
         table = self._table(column)
-        words = self._files.words_of(rows[b])[self._first :]
+        words = self.files.words_of(rows[b])[self._first :]
         key = int(words[2 * column : 2 * column + 2].view(np.int64)[0]) if self._wide else int(words[column])
         if key == -1:
             raise DataError(

@@ -26,6 +26,7 @@ class Numbered:
 
     def __init__(self, rows: int, faulty: int | None = None, delay: float = 0.0) -> None:
         self.rows = rows
+        self.shards = (rows,)
         self.reads = 0
         self._faulty = faulty
         self._delay = delay
