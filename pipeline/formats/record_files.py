@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlrm.errors import DataError
-from pipeline.formats.raw import RowFiles
+from pipeline.formats.raw import LABEL_ONE, RowFiles
 from pipeline.manifest import DenseTransform, Manifest, SplitInfo, row_words
 
 Records = NDArray[np.uint32]
@@ -37,7 +37,8 @@ class RecordLayout:
 
     Attributes:
         words: V.
-        num_dense: dense columns, words 1 .. num_dense; the label (int32) is word 0.
+        label_one: word 0, the label, where it is 1 (int32 or float32); a label of 0 is the word 0 in either type.
+        num_dense: dense columns, words 1 .. num_dense.
         dense_transform: ``as_is`` (float32) or ``log1p_at_read`` (int32, log(1 + max(x, 0))).
         first_key: word of the first key.
         key_words: words of a key, 1 (int32) or 2 (int64, low word first).
@@ -47,6 +48,7 @@ class RecordLayout:
     """
 
     words: int
+    label_one: int
     num_dense: int
     dense_transform: DenseTransform
     first_key: int
@@ -61,6 +63,7 @@ class RecordLayout:
         num_dense = len(manifest.dense.names)
         return cls(
             words=row_words(manifest),
+            label_one=LABEL_ONE[manifest.label_dtype],
             num_dense=num_dense,
             dense_transform=manifest.dense.transform,
             first_key=1 + num_dense,

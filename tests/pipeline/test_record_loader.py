@@ -267,17 +267,24 @@ def test_locating_a_record(tmp_path: Path, rng: np.random.Generator) -> None:
 
 def test_the_layout_says_where_columns_are(tmp_path: Path, rng: np.random.Generator) -> None:
     tables = [TableInfo(name="a", rows=9, hotness=3), TableInfo(name="b", rows=2**40)]
-    options: dict[str, Any] = {"dense_names": ["x", "y"], "key_dtype": "int64", "weighted": True}
+    options: dict[str, Any] = {
+        "dense_names": ["x", "y"],
+        "key_dtype": "int64",
+        "weighted": True,
+        "label_dtype": "float32",
+    }
     keys = np.column_stack([rng.integers(-1, 9, (20, 3)), rng.integers(0, 2**40, 20)])
     weights = np.where(keys < 0, 0, rng.random((20, 4))).astype(np.float32)
     dense = rng.integers(-3, 900, (20, 2)).astype(np.int32)
+    labels = rng.integers(0, 2, 20)
     with DatasetWriter(tmp_path, name="x", tables=tables, dense_dtype="int32", **options) as writer:
-        writer.write("train", np.zeros(20, np.int32), dense, keys, weights)
+        writer.write("train", labels, dense, keys, weights)
         writer.finish()
     (batch,) = load(tmp_path, batch_size=20, shuffle=False)
     layout: RecordLayout = batch.layout
     assert (layout.hotness, layout.table_rows, layout.dense_transform) == ((3, 1), (9, 2**40), "log1p_at_read")
     records = batch.records
+    np.testing.assert_array_equal(records[:, 0] == layout.label_one, labels)
     np.testing.assert_array_equal(records[:, 1 : 1 + layout.num_dense].view(np.int32), dense)
     stop = layout.first_key + layout.key_words * sum(layout.hotness)
     np.testing.assert_array_equal(np.ascontiguousarray(records[:, layout.first_key : stop]).view(np.int64), keys)
