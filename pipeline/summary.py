@@ -10,6 +10,7 @@ from typing import Any
 from dlrm.config import to_values
 from pipeline.engine import Engine
 from pipeline.evaluator import Evaluation
+from pipeline.plan_report import plan_choice
 from pipeline.progress import read_records
 from pipeline.report import build_report, write_report
 
@@ -42,6 +43,7 @@ def report_of(
         history=history_of(progress) if progress else [],
         run_info={
             **stop,
+            **plan_choice(engine.plan, stop.get("stages_ms")),
             "split": evaluation.split,
             "evaluation_seconds": evaluation.seconds,
             "ranks": engine.comm.size,
