@@ -146,7 +146,8 @@ class Heartbeat:
                 return
             node, sentence = lost
             self._tell(self._socket, _LOST, node)
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        # With its line end in one piece: other threads and ranks write there, too.
+        print(f"error: {sentence}\n", end="", file=sys.stderr, flush=True)
         if self._on_lost is not None:
             # The end must come, whatever else fails.
             with contextlib.suppress(Exception):
@@ -186,7 +187,8 @@ class Heartbeat:
                 for node in sorted(watched - heard.keys()):
                     print(
                         f"warning: {self._names[node]}: no heartbeat from it has reached {self._names[self._node]} by "
-                        f"UDP; if it vanishes, that will not be noticed here",
+                        f"UDP; if it vanishes, that will not be noticed here\n",
+                        end="",
                         file=sys.stderr,
                         flush=True,
                     )

@@ -187,7 +187,7 @@ def _print_weights(title: str, path: Path, weights: Path, *, as_json: bool) -> N
 
 
 @config_app.command("schema")
-def config_schema() -> None:
+def config_schema(as_json: AsJson = False) -> None:  # noqa: ARG001  it is JSON either way
     """Print the JSON Schema of a run's config."""
     from dlrm.config import json_schema
 

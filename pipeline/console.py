@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from pipeline.progress import read_records
+from pipeline.threads import launched_ranks
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 """Of every command that prints a result."""
@@ -31,8 +32,12 @@ _ENDS = {
 
 
 def terminal(*, errors: bool = False) -> Console:
-    """Standard output, or standard error; text is printed as it is, since names and errors hold brackets too."""
-    return Console(stderr=errors, markup=False, highlight=False)
+    """Standard output, or standard error; text is printed as it is, since names and errors hold brackets too.
+
+    Open MPI gives its ranks a terminal of their own, wherever its output goes: they print plainly.
+    """
+    plain = False if launched_ranks() > 1 else None
+    return Console(stderr=errors, markup=False, highlight=False, force_terminal=plain)
 
 
 def print_json(value: Any) -> None:

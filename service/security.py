@@ -22,6 +22,15 @@ from service.settings import Settings, is_loopback
 MOST_BODY_BYTES = 1_048_576
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"SAMEORIGIN"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),  # configs, logs and figures are for who asked, not for caches
+)
+"""Of every answer, unless its route says otherwise."""
+
 
 class Refusal(Exception):  # noqa: N818  not an error of ours but an answer
     """A request that is answered with a refusal."""
@@ -47,11 +56,12 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        guarded = _with_headers(send)
         try:
             self._check(scope["method"], scope["path"], Headers(scope=scope))
-            await self._app(scope, _limited(receive), send)
+            await self._app(scope, _limited(receive), guarded)
         except Refusal as refusal:
-            await _answer(send, refusal)
+            await _answer(guarded, refusal)
 
     def _check(self, method: str, path: str, headers: Headers) -> None:
         host = headers.get("host", "")
@@ -97,6 +107,19 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _with_headers(send: Send) -> Send:
+    """``send`` that adds what every answer carries."""
+
+    async def guarded(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            given = list(message.get("headers", ()))
+            names = {name.lower() for name, _ in given}
+            message = {**message, "headers": [*given, *(pair for pair in _HEADERS if pair[0] not in names)]}
+        await send(message)
+
+    return guarded
 
 
 def _limited(receive: Receive) -> Receive:

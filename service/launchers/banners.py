@@ -1,7 +1,7 @@
 """Open MPI's words about an end that the engine has explained already: held back, so that one sentence is left.
 
 An abort, or an exit code other than 0, makes mpirun print up to three framed texts after the engine's own error.
-What tells something new, such as which rank was killed, is not held back.
+What tells something new is not held back; which rank was killed is told in a sentence instead.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 
 _FRAME = re.compile(r"-{60,}")
+_DEATH = re.compile(r"process rank (\d+) with PID (\d+) on node (\S+) exited on signal (\d+ \([^)]*\))")
 _LONGEST_BLOCK = 30
 _KNOWN = (
     "MPI_ABORT was invoked on rank",
@@ -22,15 +23,17 @@ _KNOWN = (
 
 
 class BannerFilter:
-    """Passes lines on, but keeps framed texts that only repeat how the run ended.
+    """Passes lines on, but keeps framed texts that only repeat how the run ended, or that ``death`` says shorter.
 
     Attributes:
         held: the texts that were kept, for an end that the engine did not explain after all.
+        death: which rank died, and how, where mpirun has told; it tells of one.
     """
 
     def __init__(self, show: Callable[[str], object]) -> None:
         """Pass lines on to ``show``, each with its line end."""
         self.held: list[str] = []
+        self.death: str | None = None
         self._show = show
         self._block: list[str] = []
 
@@ -56,7 +59,13 @@ class BannerFilter:
 
     def _decide(self, text: str) -> None:
         words = " ".join(text.split())  # it wraps its sentences
-        if any(known in words for known in _KNOWN) and not text.startswith("error:"):
+        if text.startswith("error:"):
+            self._show(text)
+        elif found := _DEATH.search(words):
+            rank, pid, node, how = found.groups()
+            self.death = f"rank {rank} (process {pid} on {node}) was ended by signal {how}"
+            self.held.append(text)
+        elif any(known in words for known in _KNOWN):
             self.held.append(text)
         elif text:
             self._show(text)

@@ -91,15 +91,17 @@ def run_and_wait(
         if received:
             session.ask_to_stop()
         raw = session.wait()
-        repeated = relayed.end()
+        relayed.end()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     code = exit_code_of(raw, stopped_by=received[0] if received else None)
-    if debug or raw not in KNOWN_CODES:
-        sys.stderr.write("".join(repeated))
+    if debug or (raw not in KNOWN_CODES and relayed.death is None):
+        sys.stderr.write("".join(relayed.held))
     if code == LaunchError.exit_code and raw != code:
-        print(f"error: a rank died ({_describe(raw)}); the lines above name it", file=sys.stderr)
+        what = relayed.death or f"a rank died ({_describe(raw)}), named above"
+        sentence = f"error: {what}; all ranks have ended, and the same command goes on from the last checkpoint"
+        print(sentence, file=sys.stderr)
     return code
 
 
@@ -112,10 +114,19 @@ class _Relay:
         self._thread = threading.Thread(target=self._run, name="errors", daemon=True)
         self._thread.start()
 
-    def end(self) -> list[str]:
-        """Wait for the last words; returns those that were held back."""
+    def end(self) -> None:
+        """Wait for the last words."""
         self._thread.join(_LAST_WORDS_SECONDS)
+
+    @property
+    def held(self) -> list[str]:
+        """What was held back."""
         return self._filter.held
+
+    @property
+    def death(self) -> str | None:
+        """Which rank died, if mpirun has told."""
+        return self._filter.death
 
     def _run(self) -> None:
         with self._source:

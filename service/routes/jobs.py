@@ -72,7 +72,7 @@ def logs(
     """What the run printed, as text; ``X-Next-Offset`` is where a further call goes on."""
     path = Path(job.directory) / OUTPUT
     data, behind = read_part(path, offset, limit) if tail is None else read_tail(path, tail, limit)
-    headers = {"X-Next-Offset": str(behind), "X-Job-State": job.state, "X-Content-Type-Options": "nosniff"}
+    headers = {"X-Next-Offset": str(behind), "X-Job-State": job.state}
     return Response(data, media_type="text/plain; charset=utf-8", headers=headers)
 
 
@@ -127,7 +127,7 @@ def report(
     # Clocks of files are coarser than those of processes.
     if written is None or job.started_at is None or written < job.started_at - 1:
         raise HTTPException(404, f"job {job.id}: {job.state} without a report; its logs say why")
-    headers = {"Vary": "Accept", "X-Content-Type-Options": "nosniff"}
+    headers = {"Vary": "Accept"}
     if kind == "html":
         headers["Content-Security-Policy"] = _REPORT_POLICY
     media_type = "application/json" if kind == "json" else "text/html; charset=utf-8"

@@ -192,12 +192,12 @@ def test_the_entry_point_serves_with_a_token_of_its_own_making(entry, tmp_path):
     token = (tmp_path / "data" / "token").read_text().strip()
     assert len(token) >= 32
     assert stat.S_IMODE((tmp_path / "data" / "token").stat().st_mode) == 0o600
-    with httpx.Client(base_url=url, trust_env=False, timeout=20) as client:
+    with httpx.Client(base_url=url, trust_env=False, timeout=120) as client:
         assert client.get("/healthz").json()["status"] == "ok"
         assert client.get("/v1/jobs").status_code == 401
         assert client.get("/v1/jobs", headers={"authorization": f"Bearer {token}"}).json()["total"] == 0
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 0
     assert token not in errors
     again = entry("serve")
@@ -210,13 +210,13 @@ def test_the_entry_point_takes_a_given_token(entry, tmp_path):
     url = address(process)
     assert (tmp_path / "data" / "token").read_text() == "given-from-outside\n"
     headers = {"authorization": "Bearer given-from-outside"}
-    with httpx.Client(base_url=url, trust_env=False, timeout=20, headers=headers) as client:
+    with httpx.Client(base_url=url, trust_env=False, timeout=120, headers=headers) as client:
         assert client.get("/v1/jobs").status_code == 200
 
 
 def test_the_entry_point_runs_other_commands(entry, tmp_path):
     process = entry("submit", "no-such-file.yaml")
-    out, errors = process.communicate(timeout=20)
+    out, errors = process.communicate(timeout=120)
     assert (process.returncode, out) == (2, "")
     assert errors.startswith("error: config no-such-file.yaml")
     assert not (tmp_path / "data").exists()

@@ -51,7 +51,7 @@ def crosslane(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Only the folder itself: its own .pth files, such as an editable install's, stay out.
     (Path(there) / "dependencies.pth").write_text(here + "\n")
     command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--force-reinstall", wheel]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder / "bin" / "crosslane"
 
@@ -65,7 +65,7 @@ def among_decoys(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(command: Path, *words: str, cwd: Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def run(command: Path, *words: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "CROSSLANE_"))}
     # Open MPI's files lie in this environment, where the other one's dependencies are.
     environment["PATH"] = os.pathsep.join([str(command.parent), str(Path(sys.executable).parent), environment["PATH"]])
@@ -100,7 +100,7 @@ def test_installed_command_tells_help_schema_and_examples(crosslane: Path, among
 
 def test_installed_demo_trains_among_decoys_and_leaves_nothing_running(crosslane: Path, among_decoys: Path) -> None:
     home = among_decoys / "home"
-    done = run(crosslane, "demo", "--home", str(home), "--json", cwd=among_decoys, timeout=240)
+    done = run(crosslane, "demo", "--home", str(home), "--json", cwd=among_decoys, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
     assert 0.76 < result["auc"] < 0.85

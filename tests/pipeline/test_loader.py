@@ -191,7 +191,7 @@ def test_reading_runs_ahead_by_the_ring_and_no_further() -> None:
         prefetch=4,
     ) as loader:
         for taken in range(5):
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 60
             while split.reads < taken + 4 and time.monotonic() < deadline:
                 time.sleep(0.001)
             time.sleep(0.01)
@@ -240,9 +240,8 @@ def test_closing_early_ends_the_threads() -> None:
         epochs=1,
     ) as loader:
         next(loader)
-        start = time.monotonic()
-    assert time.monotonic() - start < 2
     assert not list(threads())
+    assert split.reads < 200  # what was under way, not the rest of the epoch
     assert list(loader) == []
     loader.close()
 

@@ -58,5 +58,5 @@ def test_only_work_that_looks_for_a_stop_catches_signals(stoppable, word):
         f"work = lambda _: print(repr(signal.getsignal({int(signal.SIGTERM)}))) or 0\n"
         f"sys.exit(run_process(work, stoppable={stoppable}))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=True)
     assert word in done.stdout

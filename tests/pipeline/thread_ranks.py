@@ -18,7 +18,7 @@ class Meeting:
     """Where the threads hand each other their values."""
 
     def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=30)
+        self.barrier = threading.Barrier(size, timeout=120)
         self.values: list[Any] = [None] * size
 
     def swap(self, rank: int, value: Any) -> list[Any]:

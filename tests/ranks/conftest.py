@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE))
 def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Start a program on MPI ranks, more of them than cores if need be, and wait for its end."""
 
-    def start(ranks: int, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def start(ranks: int, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         options = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
         program = [sys.executable, "-m", "mpi4py", *arguments]
         launcher = Path(sys.executable).with_name("mpirun")

@@ -21,7 +21,7 @@ class Meeting:
     """Where the threads of one group hand each other values; whoever runs holds the baton."""
 
     def __init__(self, size: int, baton: threading.Lock) -> None:
-        self.barrier = threading.Barrier(size, timeout=60)
+        self.barrier = threading.Barrier(size, timeout=120)
         self.baton = baton
         self.values: list[Any] = [None] * size
 

@@ -56,6 +56,6 @@ def test_a_launcher_that_counts_other_ranks_is_named() -> None:
     )
     import sys
 
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=False)
     assert done.stdout.startswith(CommError.__name__), done.stderr
     assert "started 3 ranks, but MPI counts 1" in done.stdout

@@ -21,7 +21,7 @@ from service.settings import Settings
 FAKE_ENGINE = (str(Path(__file__).with_name("fake_engine.py")),)
 
 
-def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
     """Wait for something to hold; returns it."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -77,7 +77,7 @@ class Bench:
     def state(self, job_id: str) -> str:
         return self.store.get(job_id).state
 
-    def tick_until(self, job_id: str, *states: str, seconds: float = 20.0) -> Any:
+    def tick_until(self, job_id: str, *states: str, seconds: float = 120.0) -> Any:
         """Call rounds of the supervisor until the job is in one of the states; returns the job."""
 
         def there() -> Any:

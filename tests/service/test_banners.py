@@ -41,8 +41,17 @@ def test_what_repeats_the_end_is_held_back(banners):
     assert "".join(held) == "".join(banners).replace("\0", "")
 
 
-def test_what_names_a_killed_rank_is_shown():
-    assert shown_and_held(KILLED + ABORT) == (KILLED, [ABORT])
+def test_which_rank_was_killed_becomes_a_sentence():
+    shown = []
+    banners = BannerFilter(shown.append)
+    banners.feed((KILLED + ABORT).splitlines(keepends=True))
+    assert (shown, banners.held) == ([], [KILLED, ABORT])
+    assert banners.death == "rank 1 (process 7 on a) was ended by signal 9 (Killed)"
+
+
+def test_what_tells_something_new_is_shown():
+    new = f"{FRAME}There are not enough slots available in the system to satisfy the 4 slots\n{FRAME}"
+    assert shown_and_held(new + ABORT) == (new, [ABORT])
 
 
 def test_an_error_inside_a_text_of_mpiruns_is_shown():

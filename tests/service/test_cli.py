@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -51,7 +52,7 @@ def crosslane(*words: str, **environment: str) -> subprocess.CompletedProcess[st
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
 
 
@@ -123,7 +124,7 @@ def test_help_and_job_verbs_load_no_engine() -> None:
         env=os.environ | {"CROSSLANE_URL": "http://127.0.0.1:9"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.stdout.splitlines()[-1] == "loaded [0, 0, 8, 0, 0]", done.stdout + done.stderr
 
@@ -142,7 +143,7 @@ def test_training_catches_the_stop_signal_before_anything_slow_is_loaded() -> No
             env=environment | launched,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
         )
         assert done.stdout.splitlines()[0] == single, done.stdout + done.stderr
 
@@ -233,7 +234,7 @@ def test_a_reader_that_has_enough_ends_it_quietly() -> None:
         assert process.stderr is not None
         process.stdout.close()  # before it has written anything
         assert process.stderr.read() == b""
-        assert process.wait(timeout=60) == 1
+        assert process.wait(timeout=240) == 1
 
 
 def test_version_is_the_distributions() -> None:
@@ -245,8 +246,19 @@ def test_version_is_the_distributions() -> None:
 
 
 def test_schema_is_the_run_configs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["config", "schema"]) == 0
-    assert json.loads(capsys.readouterr().out) == json_schema()
+    for flag in ([], ["--json"]):
+        assert cli.run(["config", "schema", *flag]) == 0
+        assert json.loads(capsys.readouterr().out) == json_schema()
+
+
+def test_every_verb_that_prints_a_result_takes_json() -> None:
+    def options(words: str) -> set[str]:
+        command: Any = COMMAND
+        for word in words.split():
+            command = command.commands[word]
+        return {name for parameter in command.params for name in parameter.opts}
+
+    assert [verb for verb in verbs() if "--json" not in options(verb)] == ["serve"]
 
 
 def test_shown_config_is_whole_and_reads_back_the_same(

@@ -24,12 +24,12 @@ import sys
 from pathlib import Path
 from service.launchers.local import Grace, run_and_wait
 config, ranks = Path(sys.argv[1]), int(sys.argv[2])
-grace = Grace(checkpoint=20.0, terminate=1.0)
+grace = Grace(checkpoint=100.0, terminate=1.0)
 sys.exit(run_and_wait(config, ranks, config.parent, engine=(sys.argv[3],), grace=grace))
 """
 
 
-def wait_until_true(condition, seconds=20.0):
+def wait_until_true(condition, seconds=120.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not come true in time"
@@ -90,7 +90,7 @@ def gone(pids):
 @pytest.mark.ranks
 def test_ranks_end_with_zero_and_never_import_from_the_working_folder(run, tmp_path):
     one = run(RANKS, "short")
-    assert one.process.wait(30) == 0
+    assert one.process.wait(120) == 0
     assert json.loads((tmp_path / "progress.jsonl").read_text())["safe_path"] is True
 
 
@@ -101,7 +101,7 @@ def test_a_signal_lets_all_ranks_write_their_checkpoint(run, number):
     wait_until_true(one.begun)
     pids = one.pids()
     one.process.send_signal(number)
-    assert one.process.wait(20) == 75
+    assert one.process.wait(120) == 75
     assert one.saved()
     assert gone(pids)
 
@@ -113,11 +113,14 @@ def test_a_killed_rank_ends_all_within_ten_seconds_and_is_named(run):
     pids = one.pids()
     os.kill(pids[1], signal.SIGKILL)
     begun = time.monotonic()
-    assert one.process.wait(20) == 7
+    assert one.process.wait(120) == 7
     assert time.monotonic() - begun < 10
     assert gone(pids)
-    assert "error: a rank died" in one.said()
-    assert "rank 1" in one.said() or find_mpirun().family == "mpich"
+    (sentence,) = [line for line in one.said().splitlines() if line.startswith("error: ")]
+    if find_mpirun().family == "openmpi":
+        assert sentence.startswith(f"error: rank 1 (process {pids[1]} on ")
+        assert "signal 9 (Killed); all ranks have ended" in sentence
+        assert one.said().splitlines() == [sentence]
 
 
 @pytest.mark.ranks
@@ -127,7 +130,7 @@ def test_a_killed_mpirun_leaves_no_rank(run):
     pids = one.pids()
     (mpirun,) = psutil.Process(one.process.pid).children()
     mpirun.kill()
-    assert one.process.wait(20) == 7
+    assert one.process.wait(120) == 7
     assert gone(pids)
     assert session_members(mpirun.pid) == []
 
@@ -135,9 +138,7 @@ def test_a_killed_mpirun_leaves_no_rank(run):
 @pytest.mark.ranks
 def test_an_exception_in_one_rank_ends_all(run):
     one = run(RANKS, "raise")
-    begun = time.monotonic()
-    assert one.process.wait(30) == 1
-    assert time.monotonic() - begun < 20
+    assert one.process.wait(120) == 1
     assert "one rank fails" in one.said()
     assert gone(one.pids())
 
@@ -148,10 +149,8 @@ def test_a_stop_before_the_first_record_is_short(run):
     wait_until_true(lambda: all((one.directory / f"rank{rank}.pid").exists() for rank in range(RANKS)))
     time.sleep(0.1)
     pids = one.pids()
-    begun = time.monotonic()
     one.process.send_signal(signal.SIGINT)
-    assert one.process.wait(20) == 128 + signal.SIGINT
-    assert time.monotonic() - begun < 8
+    assert one.process.wait(60) == 128 + signal.SIGINT  # and not after the hundred seconds of grace
     assert gone(pids)
 
 
@@ -161,7 +160,7 @@ def test_one_rank_needs_no_mpirun_and_stops_as_well(run):
     (child,) = psutil.Process(one.process.pid).children()
     assert [child.pid] == one.pids()
     one.process.terminate()
-    assert one.process.wait(20) == 75
+    assert one.process.wait(120) == 75
     assert one.saved()
 
 
@@ -170,12 +169,10 @@ def test_further_signals_do_not_wait_for_the_checkpoint(run):
     wait_until_true(one.begun)
     (pid,) = one.pids()
     os.kill(pid, signal.SIGSTOP)  # hears nothing but SIGKILL
-    begun = time.monotonic()
     for _ in range(3):
         one.process.send_signal(signal.SIGINT)
         time.sleep(0.4)
-    assert one.process.wait(10) == 128 + signal.SIGINT
-    assert time.monotonic() - begun < 10  # and not the twenty seconds of grace
+    assert one.process.wait(60) == 128 + signal.SIGINT  # and not after the hundred seconds of grace
     assert gone([pid])
 
 

@@ -274,5 +274,5 @@ def test_the_server_loads_no_arrays_and_no_mpi(tmp_path):
         f"app = create_app(Settings(home=Path({str(tmp_path)!r}), cores=1)); app.state.service.store.close(); "
         "print(*{'numpy', 'numba', 'mpi4py', 'cupy', 'polars'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout.split() == []

@@ -156,3 +156,20 @@ def test_clients_look_where_the_service_binds():
     assert client_address({"CROSSLANE_HOST": "::", "CROSSLANE_PORT": "81"}) == "http://[::1]:81"
     assert client_address({"CROSSLANE_HOST": "::1"}) == "http://[::1]:8470"
     assert client_address({"CROSSLANE_URL": "https://train.example/"}) == "https://train.example"
+
+
+def test_every_answer_tells_browsers_what_they_may_do_with_it(guarded):
+    headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
+    for method, path, given in (
+        ("GET", "/healthz", {}),
+        ("GET", "/v1/jobs", headers),
+        ("GET", "/v1/jobs", {}),  # refused before the application
+        ("GET", "/v1/jobs/none", headers),
+        ("POST", "/v1/jobs", {**headers, "origin": "http://evil.example"}),
+    ):
+        answer = guarded.call(method, path, headers=given)
+        assert answer.headers.get_list("x-content-type-options") == ["nosniff"], path
+        assert answer.headers["x-frame-options"] == "SAMEORIGIN"
+        assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["cache-control"] == "no-store"

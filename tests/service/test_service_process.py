@@ -106,7 +106,7 @@ def config_file(folder, name="run", **sections):
 
 
 def has_steps(client, job_id):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while client.job(job_id)["progress"].get("step", 0) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -127,7 +127,7 @@ def test_a_job_outlives_a_killed_service_and_its_exit_code_is_found(serve, tmp_p
     assert server.end(signal.SIGKILL) == -signal.SIGKILL
     go.touch()  # the job ends while no service is there
     ended = server.home / "jobs" / running / "exit.json"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not ended.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -12,7 +12,7 @@ from service.launchers.base import Process
 from service.launchers.wrapper import EXIT, READY
 
 
-def wait_until_true(condition, seconds=20.0):
+def wait_until_true(condition, seconds=120.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not come true in time"

@@ -110,7 +110,7 @@ def start_engine(tmp_path):
 def run_engine(start_engine):
     """As ``start_engine``, waits and returns (exit code, standard error)."""
 
-    def run(values, *arguments, timeout=90, **options):
+    def run(values, *arguments, timeout=240, **options):
         process = start_engine(values, *arguments, **options)
         _, errors = process.communicate(timeout=timeout)
         return process.returncode, errors

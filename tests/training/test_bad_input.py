@@ -17,7 +17,7 @@ WORDS_PER_ROW = 1 + 2 + 4  # label, two dense columns, four key columns
 
 def crosslane(*arguments):
     done = subprocess.run(
-        [sys.executable, "-m", "service.cli", *map(str, arguments)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "service.cli", *map(str, arguments)], capture_output=True, text=True, timeout=240
     )
     return done.returncode, done.stderr
 

@@ -198,7 +198,7 @@ def test_a_graceful_stop_of_two_ranks_resumes_to_the_bit(tiny_dataset, run_value
     progress = Path(values["run"]["directory"]) / "progress.jsonl"
     wait_for(lambda: progress.exists() and progress.read_text().count('"type":"step"') > 2)
     process.send_signal(signal.SIGUSR1)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
     stopped = records(values["run"]["directory"], "end")[-1]
     assert stopped["reason"] == "stopped"
@@ -215,7 +215,7 @@ def test_a_single_process_stops_on_sigterm_with_75(tiny_dataset, run_values, sta
     progress = Path(values["run"]["directory"]) / "progress.jsonl"
     wait_for(lambda: progress.exists() and '"type":"step"' in progress.read_text())
     process.terminate()
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
     assert list((progress.parent / "checkpoints").glob("step-*"))
 
@@ -232,8 +232,8 @@ def test_a_killed_rank_ends_all_ranks(tiny_dataset, run_values, start_engine):
     assert len(ranks) == 2
     start = time.monotonic()
     os.kill(ranks[1].pid, signal.SIGKILL)
-    _, errors = process.communicate(timeout=10)
-    assert time.monotonic() - start < 10
+    _, errors = process.communicate(timeout=120)
+    assert time.monotonic() - start < 10  # as promised; half a second is usual
     assert process.returncode != 0
     assert "rank 1" in errors or "rank 0" in errors
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
@@ -251,9 +251,7 @@ def test_an_error_of_one_rank_ends_all_with_its_message(tiny_dataset, run_values
     forced = {"placement": "table_wise", "deduplicate": False, "all_to_all": "flat"}
     values = run_values(data, data={"shuffle": False}, embedding=forced)
     process = start_engine(values, ranks=2, plain=plain)
-    start = time.monotonic()
-    _, errors = process.communicate(timeout=30)
-    assert time.monotonic() - start < 30
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 3, errors
     messages = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(messages) == 1
@@ -263,7 +261,7 @@ def test_an_error_of_one_rank_ends_all_with_its_message(tiny_dataset, run_values
     assert "Traceback" not in errors
 
 
-def wait_for(condition, seconds=30):
+def wait_for(condition, seconds=120):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "nothing happened"
