@@ -74,3 +74,65 @@ def interaction_backward(vectors: Array, grad_out: Array, grad_vectors: Array, *
     if first:
         grad_vectors[:, 0] += grad_out[:, :dim]
     return grad_vectors
+
+
+def interaction_backward_relu(
+    vectors: Array, grad_out: Array, grad_vectors: Array, *, first: int, device: Device
+) -> Array:
+    """``interaction_backward``, then the derivative of the ReLU that place 0 came out of.
+
+    Args:
+        vectors: [B, F, D].
+        grad_out: [B, first * D + P].
+        grad_vectors: [B, F, D], written; place 0 is 0 where ``vectors`` is not above 0.
+        first: 1 if place 0 is the bottom output, else 0.
+        device: runs it.
+
+    Returns:
+        ``grad_vectors``.
+    """
+    kernel = device.kernel(__name__, "interaction_backward_relu")
+    if kernel is not None:
+        kernel(vectors, grad_out, grad_vectors, first)
+        return grad_vectors
+    interaction_backward(vectors, grad_out, grad_vectors, first=first, device=device)
+    if first:
+        bottom = grad_vectors[:, 0]
+        bottom[vectors[:, 0] <= 0] = 0
+    return grad_vectors
+
+
+def gather_interaction(
+    bottom: Array,
+    weight: Array,
+    row_start: Array,
+    keys: Array,
+    num_rows: int,
+    out: Array,
+    *,
+    first: int,
+    device: Device,
+) -> Array:
+    """``interaction_forward`` of the tables' rows, for passes that need no vectors afterwards.
+
+    Args:
+        bottom: [B, >= D], place 0; not read if ``first`` is 0.
+        weight: [R, D], the tables one after the other.
+        row_start: [T] int64, first row of each table.
+        keys: [T * B] int32 or int64, table-major, one a bag.
+        num_rows: B.
+        out: [B, first * D + P], written; its dtype is the one that is multiplied.
+        first: 1 with a bottom output, else 0.
+        device: runs it.
+
+    Returns:
+        ``out``.
+    """
+    kernel = device.kernel(__name__, "gather_interaction")
+    if kernel is not None:
+        kernel(bottom, weight, row_start, keys, num_rows, out, first)
+        return out
+    rows = weight[row_start[:, None] + keys.reshape(len(row_start), num_rows)].transpose(1, 0, 2).astype(out.dtype)
+    dim = weight.shape[1]
+    vectors = device.xp.concatenate([bottom[:num_rows, None, :dim], rows], axis=1) if first else rows
+    return interaction_forward(vectors, out, first=first, device=device)

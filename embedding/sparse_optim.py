@@ -17,6 +17,7 @@ import numpy as np
 
 from dlrm.config import OptimizerConfig
 from dlrm.device import Array, Device
+from dlrm.scalars import LR, UNSCALE, is_blocked
 
 KINDS = ("sgd", "momentum", "adagrad", "rowwise_adagrad", "adam", "ftrl")
 """The compiled update knows a kind by its number here."""
@@ -298,3 +299,37 @@ def _apply(
             return np.where(np.abs(z) <= l1, 0, shrunk).astype(weight.dtype), [n, z]
         case _:
             return weight - lr * gradient, []
+
+
+def sgd_one_hot(
+    weight: Array,
+    row_start: Array,
+    keys: Array,
+    place: Array,
+    num_rows: int,
+    gradients: Array,
+    scalars: Array,
+    guard: Array,
+) -> None:
+    """``weight[row_start[t] + keys[t, b]] -= lr / loss_scale * gradients[b, place[t]]``: SGD of one key a bag.
+
+    Nothing is written when ``guard`` says that a gradient is not finite or an exchange ran over.
+
+    Args:
+        weight: [R, D] float32; changed.
+        row_start: [T] int64, first row of each table.
+        keys: [T * B] int32 or int64, table-major.
+        place: [T] int64, where each table's gradient lies.
+        num_rows: B.
+        gradients: [B or more, F, D] C-contiguous, times the loss scale.
+        scalars: see ``dlrm.scalars``.
+        guard: see ``dlrm.scalars``.
+    """
+    if is_blocked(guard):
+        return
+    rate = np.float32(scalars[LR]) * np.float32(guard[UNSCALE])
+    keys = keys.reshape(len(row_start), num_rows)
+    for table in range(len(row_start)):
+        np.subtract.at(
+            weight, row_start[table] + keys[table], rate * gradients[:num_rows, place[table]].astype(weight.dtype)
+        )

@@ -137,10 +137,10 @@ def test_kernels_that_operations_ask_for_exist() -> None:
     assert len(asked) >= 5
     missing = []
     for path, operation, function in asked:
-        compiled = path.with_name(f"{path.stem}_numba.py")
-        names = {found.name for found in functions(compiled)} if compiled.exists() else set()
+        compiled = [path.with_name(f"{path.stem}_{kind}.py") for kind in ("numba", "cuda")]
+        names = {found.name for file in compiled if file.exists() for found in functions(file)}
         if operation not in names:
-            missing.append(f"{where(path, function.lineno)} asks for {operation}, which {where(compiled)} lacks")
+            missing.append(f"{where(path, function.lineno)} asks for {operation}, which no file beside it has")
     assert missing == []
 
 

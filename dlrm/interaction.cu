@@ -1,0 +1,304 @@
+// Dot interaction on the tensor cores: the kernels of interaction_cuda.py, references in interaction.py.
+//
+// Shapes: B rows of the batch, F vectors a row, D columns, P = F (F - 1) / 2 pairs (i, j), j < i.
+// Macros: DIM = D, a multiple of 8; VECTORS = F, at most 64; FIRST: 1 if place 0 is the bottom output; NUMBER: half_t
+// or bfloat_t; ALIGNED: 1 if the pairs' rows begin at multiples of 16 bytes and have room for a whole number of them;
+// backward: RELU: 1 if place 0 came out of a ReLU whose derivative is to be applied; fused: WEIGHT, KEY: element types.
+//
+// A warp has one row of the batch. Lane l reads 16 bytes of vector l / 4 (+ 8, 16, ...): eight numbers at column
+// 8 (l % 4) (+ 32, 64, ...). A product of vectors does not mind the order of the columns, so that these registers are
+// fragments of m16n8k16 as they are: of the left factor, and of the right one, which is the same matrix. The backward
+// pass sums over the vectors instead, which needs them transposed: in registers, 8 x 8 at a time.
+#include "dlrm/kernels.cuh"
+
+#define LANES 32
+
+constexpr int TILES = (VECTORS + 15) / 16;  // of 16 vectors
+constexpr int BANDS = 2 * TILES;            // of 8 vectors
+constexpr int STRIPS = (DIM + 31) / 32;     // of 32 columns
+constexpr int PAIRS = VECTORS * (VECTORS - 1) / 2;
+constexpr int BASE = FIRST * DIM;           // where the pairs begin
+constexpr int WIDTH = BASE + PAIRS;
+constexpr int PADDED = (WIDTH + 7) / 8 * 8;
+// Strips whose vectors a warp asks for together: 64 registers' worth, or 128 bytes of every table row.
+constexpr int ASKED = STRIPS < 16 / BANDS ? STRIPS : (16 / BANDS > 1 ? 16 / BANDS : 1);
+
+DEVICE int pair_index(int high, int low) { return BASE + high * (high - 1) / 2 + low; }
+
+// The accumulators of a warp: tile m times band n, where some j < i can lie in it.
+struct Products {
+  float c[TILES][BANDS][4];
+
+  DEVICE void clear() {
+#pragma unroll
+    for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+      for (int n = 0; n < 2 * m + 2; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) c[m][n][e] = 0;
+      }
+    }
+  }
+
+  DEVICE void add_strip(const uint4 (&x)[BANDS]) {
+#pragma unroll
+    for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+      for (int n = 0; n < 2 * m + 2; ++n) {
+        const uint4 &up = x[2 * m], &down = x[2 * m + 1], &right = x[n];
+        multiply_16x8x16<NUMBER>(c[m][n], up.x, down.x, up.y, down.y, right.x, right.y);
+        multiply_16x8x16<NUMBER>(c[m][n], up.z, down.z, up.w, down.w, right.z, right.w);
+      }
+    }
+  }
+
+  DEVICE void write_pairs(NUMBER* row, int lane) const {
+#pragma unroll
+    for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+      for (int n = 0; n < 2 * m + 2; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int i = 16 * m + lane / 4 + e / 2 * 8;
+          const int j = 8 * n + lane % 4 * 2 + e % 2;
+          if (j < i && i < VECTORS) store(row + pair_index(i, j), c[m][n][e]);
+        }
+      }
+    }
+  }
+};
+
+// Copy a finished row from shared memory to `out`, or a row of `out` into shared memory.
+DEVICE void copy_row(NUMBER* target, const NUMBER* source, int lane) {
+  if (ALIGNED) {
+#pragma unroll
+    for (int item = lane; item < PADDED / 8; item += LANES) {
+      reinterpret_cast<uint4*>(target)[item] = reinterpret_cast<const uint4*>(source)[item];
+    }
+  } else {
+    for (int item = lane; item < WIDTH; item += LANES) target[item] = source[item];
+  }
+}
+
+DEVICE void write_bottom(NUMBER* row, uint4 x, int strip, int lane) {
+  const int column = 32 * strip + lane % 4 * 8;
+  if (FIRST && lane < 4 && column < DIM) *reinterpret_cast<uint4*>(row + column) = x;
+}
+
+DEVICE void clear_padding(NUMBER* row, int lane) {
+  if (WIDTH + lane < PADDED) store(row + WIDTH + lane, 0.0f);
+}
+
+// x[strip][band] of one row of the batch; vectors and columns that are not there are zero.
+template <int COUNT>
+DEVICE void read_vectors(const NUMBER* vectors, int first_strip, int lane, uint4 (&x)[COUNT][BANDS]) {
+#pragma unroll
+  for (int s = 0; s < COUNT; ++s) {
+    const int column = 32 * (first_strip + s) + lane % 4 * 8;
+#pragma unroll
+    for (int band = 0; band < BANDS; ++band) {
+      const int vector = 8 * band + lane / 4;
+      x[s][band] = make_uint4(0, 0, 0, 0);
+      if (vector < VECTORS && column < DIM) x[s][band] = read_16(vectors + vector * DIM + column);
+    }
+  }
+}
+
+#ifndef WEIGHT
+
+// out = [vectors[:, 0] if FIRST] + [dots], and zeros up to a multiple of 8 columns where ALIGNED.
+KERNEL void __launch_bounds__(128) interaction_forward(
+    const NUMBER* __restrict__ vectors, int64 num_rows, int64 out_stride, NUMBER* __restrict__ out) {
+  DYNAMIC_SHARED(shared);
+  const int lane = threadIdx.x % LANES;
+  NUMBER* row = reinterpret_cast<NUMBER*>(shared) + threadIdx.x / LANES * PADDED;
+  const int64 b = int64(blockIdx.x) * (blockDim.x / LANES) + threadIdx.x / LANES;
+  if (b >= num_rows) return;
+  vectors += b * VECTORS * DIM;
+  Products products;
+  products.clear();
+  clear_padding(row, lane);
+#pragma unroll
+  for (int strip = 0; strip < STRIPS; strip += ASKED) {
+    uint4 x[ASKED][BANDS];
+    read_vectors(vectors, strip, lane, x);
+#pragma unroll
+    for (int s = 0; s < ASKED; ++s) {
+      write_bottom(row, x[s][0], strip + s, lane);
+      products.add_strip(x[s]);
+    }
+  }
+  products.write_pairs(row, lane);
+  __syncwarp();
+  copy_row(out + b * out_stride, row, lane);
+}
+
+// The pairs' gradients as a symmetric matrix with a zero diagonal, entry (i, k) and (i, k + 1).
+DEVICE uint32 gradient_pair(const NUMBER* row, int i, int k) {
+  uint32 pair = 0;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int high = i > k + e ? i : k + e;
+    const int low = i > k + e ? k + e : i;
+    if (high < VECTORS && high != low) pair |= uint32(row[pair_index(high, low)].bits) << (16 * e);
+  }
+  return pair;
+}
+
+// Clear the halves of `gradient` where those of `output` are not above zero; a NaN lets its gradient through.
+DEVICE uint32 relu_gradient(uint32 gradient, uint32 output) {
+  const float2 v = unpack(NUMBER(), output);
+  return gradient & ((v.x <= 0 ? 0u : 0xffffu) | (v.y <= 0 ? 0u : 0xffff0000u));
+}
+
+// grad_vectors[i] = sum over j of grad_ij vectors[j], and on place 0 grad_out's first D columns too.
+KERNEL void __launch_bounds__(128) interaction_backward(
+    const NUMBER* __restrict__ vectors, const NUMBER* __restrict__ grad_out, int64 num_rows, int64 grad_stride,
+    NUMBER* __restrict__ grad_vectors) {
+  DYNAMIC_SHARED(shared);
+  const int lane = threadIdx.x % LANES;
+  NUMBER* row = reinterpret_cast<NUMBER*>(shared) + threadIdx.x / LANES * PADDED;
+  const int64 b = int64(blockIdx.x) * (blockDim.x / LANES) + threadIdx.x / LANES;
+  if (b >= num_rows) return;
+  vectors += b * VECTORS * DIM;
+  grad_vectors += b * VECTORS * DIM;
+  copy_row(row, grad_out + b * grad_stride, lane);
+  __syncwarp();
+  uint32 g[TILES][TILES][4];
+#pragma unroll
+  for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+    for (int k = 0; k < TILES; ++k) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        g[m][k][e] = gradient_pair(row, 16 * m + lane / 4 + e % 2 * 8, 16 * k + lane % 4 * 2 + e / 2 * 8);
+      }
+    }
+  }
+#pragma unroll
+  for (int first_strip = 0; first_strip < STRIPS; first_strip += ASKED) {
+    uint4 x[ASKED][BANDS];
+    read_vectors(vectors, first_strip, lane, x);
+#pragma unroll
+    for (int s = 0; s < ASKED; ++s) {
+      const int column = 32 * (first_strip + s) + lane % 4 * 8;
+      float c[TILES][4][4];
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+#pragma unroll
+        for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) c[m][q][e] = 0;
+        }
+        if (FIRST && lane < 4 && column < DIM) {
+          c[0][q][0] = to_float(row[column + 2 * q]);
+          c[0][q][1] = to_float(row[column + 2 * q + 1]);
+        }
+#pragma unroll
+        for (int k = 0; k < TILES; ++k) {
+          const uint4 &up = x[s][2 * k], &down = x[s][2 * k + 1];
+          const uint32 b0 = transpose_8x8(q == 0 ? up.x : q == 1 ? up.y : q == 2 ? up.z : up.w);
+          const uint32 b1 = transpose_8x8(q == 0 ? down.x : q == 1 ? down.y : q == 2 ? down.z : down.w);
+#pragma unroll
+          for (int m = 0; m < TILES; ++m) {
+            multiply_16x8x16<NUMBER>(c[m][q], g[m][k][0], g[m][k][1], g[m][k][2], g[m][k][3], b0, b1);
+          }
+        }
+      }
+#pragma unroll
+      for (int band = 0; band < BANDS; ++band) {
+        const int vector = 8 * band + lane / 4;
+        const int m = band / 2, e = band % 2 * 2;
+        uint4 result = make_uint4(pack(NUMBER(), c[m][0][e], c[m][0][e + 1]), pack(NUMBER(), c[m][1][e], c[m][1][e + 1]),
+                                  pack(NUMBER(), c[m][2][e], c[m][2][e + 1]), pack(NUMBER(), c[m][3][e], c[m][3][e + 1]));
+        if (RELU && FIRST && vector == 0) {
+          const uint4& y = x[s][0];
+          result = make_uint4(relu_gradient(result.x, y.x), relu_gradient(result.y, y.y),
+                              relu_gradient(result.z, y.z), relu_gradient(result.w, y.w));
+        }
+        if (vector < VECTORS && column < DIM) {
+          *reinterpret_cast<uint4*>(grad_vectors + vector * DIM + column) = result;
+        }
+      }
+    }
+  }
+}
+
+#else  // WEIGHT: forward only, straight from the tables
+
+// Eight numbers of a table row, in the type that the tensor cores multiply.
+DEVICE uint4 fragment(const NUMBER* source) { return read_16(source); }
+template <typename S>
+DEVICE uint4 fragment(const S* source) {
+  const float4 low = read_4(source), high = read_4(source + 4);
+  return make_uint4(pack(NUMBER(), low.x, low.y), pack(NUMBER(), low.z, low.w), pack(NUMBER(), high.x, high.y),
+                    pack(NUMBER(), high.z, high.w));
+}
+
+// interaction_forward of vectors that are never written: place 0 from `bottom`, table t's from its row
+// weight[row_start[t] + keys[t, b]]. Every warp has many rows of the batch, and the next one's keys on their way.
+KERNEL void __launch_bounds__(128) gather_interaction(
+    const NUMBER* __restrict__ bottom, int64 bottom_stride, const WEIGHT* __restrict__ weight,
+    const int64* __restrict__ row_start, const KEY* __restrict__ keys, int64 num_rows, int64 out_stride,
+    NUMBER* __restrict__ out) {
+  DYNAMIC_SHARED(shared);
+  const int lane = threadIdx.x % LANES;
+  NUMBER* row = reinterpret_cast<NUMBER*>(shared) + threadIdx.x / LANES * PADDED;
+  const int warps = blockDim.x / LANES;
+  const int64 step = int64(gridDim.x) * warps;
+  int64 b = int64(blockIdx.x) * warps + threadIdx.x / LANES;
+  if (b >= num_rows) return;
+  // Lane l knows the keys of the bands' vectors l / 4.
+  int64 start[BANDS];
+  KEY key[BANDS];
+#pragma unroll
+  for (int band = 0; band < BANDS; ++band) {
+    const int table = 8 * band + lane / 4 - FIRST;
+    const bool there = table >= 0 && table < VECTORS - FIRST;
+    start[band] = there ? row_start[table] : 0;
+    key[band] = there ? keys[table * num_rows + b] : KEY(0);
+  }
+  clear_padding(row, lane);
+  for (; b < num_rows; b += step) {
+    const WEIGHT* rows[BANDS];
+#pragma unroll
+    for (int band = 0; band < BANDS; ++band) {
+      rows[band] = weight + (start[band] + key[band]) * DIM;
+      const int table = 8 * band + lane / 4 - FIRST;
+      if (table >= 0 && table < VECTORS - FIRST && b + step < num_rows) key[band] = keys[table * num_rows + b + step];
+    }
+    Products products;
+    products.clear();
+    // float rows take twice the registers on their way.
+    constexpr int COUNT = sizeof(WEIGHT) == 4 && ASKED > 1 ? ASKED / 2 : ASKED;
+#pragma unroll
+    for (int first_strip = 0; first_strip < STRIPS; first_strip += COUNT) {
+      uint4 x[COUNT][BANDS];
+#pragma unroll
+      for (int s = 0; s < COUNT; ++s) {
+        const int column = 32 * (first_strip + s) + lane % 4 * 8;
+#pragma unroll
+        for (int band = 0; band < BANDS; ++band) {
+          const int vector = 8 * band + lane / 4;
+          x[s][band] = make_uint4(0, 0, 0, 0);
+          if (FIRST && vector == 0) {
+            if (column < DIM) x[s][band] = read_16(bottom + b * bottom_stride + column);
+          } else if (vector < VECTORS && column < DIM) {
+            x[s][band] = fragment(rows[band] + column);
+          }
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < COUNT; ++s) {
+        write_bottom(row, x[s][0], first_strip + s, lane);
+        products.add_strip(x[s]);
+      }
+    }
+    products.write_pairs(row, lane);
+    __syncwarp();
+    copy_row(out + b * out_stride, row, lane);
+    __syncwarp();
+  }
+}
+
+#endif  // WEIGHT

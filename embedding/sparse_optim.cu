@@ -1,0 +1,105 @@
+// Sparse SGD with atomic additions: the kernel of sparse_optim_cuda.py, reference in sparse_optim.py.
+//
+// Shapes: T tables in one weight array of R rows, B rows of the batch, D columns, F places of the gradient.
+// Macros: DIM = D, a multiple of 4; KEY, GRAD: element types; HOT: rows of a table that are summed on the chip.
+//
+// Additions to one address queue up in the second level, and a table's first rows are its most frequent ones (or its
+// only ones). Every group of lanes therefore keeps sums of its own for the first HOT rows of its table in shared
+// memory, where nothing queues; a block adds its groups' sums up and sends each row off once. Workers keep to one
+// table, as in lookup.cu.
+#include "dlrm/kernels.cuh"
+
+#define LANES 32
+// Keys that a warp takes at a time.
+#define KEYS 16
+
+constexpr int GROUP = DIM % 128 == 0 ? 32 : DIM % 64 == 0 ? 16 : DIM % 32 == 0 ? 8 : DIM % 16 == 0 ? 4 : DIM % 8 == 0 ? 2 : 1;  // lanes that share a row
+constexpr int PARTS = DIM / (4 * GROUP);     // vectors of four columns that each of them has
+constexpr int GROUPS = LANES / GROUP;
+constexpr int OWN_KEYS = (KEYS + GROUPS - 1) / GROUPS;
+constexpr int AHEAD = PARTS >= 8 ? 1 : (8 / PARTS < OWN_KEYS ? 8 / PARTS : OWN_KEYS);
+
+// weight[row_start[t] + keys[t, b]] -= lr / loss_scale * gradients[b, place[t]].
+KERNEL void __launch_bounds__(512) sgd_one_hot(
+    float* __restrict__ weight, const int64* __restrict__ row_start, const KEY* __restrict__ keys,
+    const int64* __restrict__ place, int64 num_rows, int num_tables, int num_places, int workers,
+    const GRAD* __restrict__ gradients, const float* __restrict__ scalars, const float* __restrict__ guard) {
+  DYNAMIC_SHARED(shared);
+  if (blocked(guard)) return;
+  const float rate = -scalars[LR] * guard[UNSCALE];
+  const int lane = threadIdx.x % LANES;
+  const int warps = blockDim.x / LANES;
+  const int groups = warps * GROUPS;
+  const int group = threadIdx.x / GROUP;
+  float4* sums = reinterpret_cast<float4*>(shared);  // [HOT, PARTS * GROUP] of each group of the block
+  uint32* touched = reinterpret_cast<uint32*>(sums + groups * HOT * PARTS * GROUP);  // [groups], bit h: row h is there
+  float4* own = sums + group * HOT * PARTS * GROUP + lane % GROUP;
+  const int64 chunks = (num_rows + KEYS - 1) / KEYS;
+
+  for (int worker = blockIdx.x; worker < workers; worker += gridDim.x) {
+    const int table = worker % num_tables;
+    float* rows = weight + row_start[table] * DIM + lane % GROUP * 4;
+    const KEY* own_keys = keys + table * num_rows;
+    const GRAD* own_gradients = gradients + place[table] * DIM + lane % GROUP * 4;
+    const int64 step = int64(workers / num_tables) * warps;
+    int64 chunk = int64(worker / num_tables) * warps + threadIdx.x / LANES;
+    uint32 here = 0;
+    int64 b = chunk * KEYS + lane % KEYS;
+    KEY key = b < num_rows ? own_keys[b] : KEY(0);
+    for (; chunk < chunks; chunk += step) {
+      const int64 first = chunk * KEYS;
+      const int count = num_rows - first < KEYS ? int(num_rows - first) : KEYS;
+      const GRAD* chunk_gradients = own_gradients + first * num_places * DIM;
+      b = first + step * KEYS + lane % KEYS;
+      const KEY next = b < num_rows ? own_keys[b] : KEY(0);
+#pragma unroll 1
+      for (int turn = 0; turn < OWN_KEYS; turn += AHEAD) {
+        float4 v[AHEAD][PARTS];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+          const int k = (turn + i) * GROUPS + lane / GROUP;
+#pragma unroll
+          for (int p = 0; p < PARTS; ++p) {
+            if (k < count) v[i][p] = stream_4(chunk_gradients + k * num_places * DIM + p * GROUP * 4);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+          const int k = (turn + i) * GROUPS + lane / GROUP;
+          const int64 row = __shfl_sync(ALL_LANES, key, k % LANES);
+          if (k >= count) continue;
+          if (row < HOT) {
+            const bool known = here >> row & 1;
+            float4* target = own + row * PARTS * GROUP;
+#pragma unroll
+            for (int p = 0; p < PARTS; ++p) {
+              target[p * GROUP] = known ? add(target[p * GROUP], v[i][p]) : v[i][p];
+            }
+            here |= 1u << row;
+          } else {
+#pragma unroll
+            for (int p = 0; p < PARTS; ++p) reduce_add_4(rows + row * DIM + p * GROUP * 4, scaled(rate, v[i][p]));
+          }
+        }
+      }
+      key = next;
+    }
+    if (lane % GROUP == 0) touched[group] = here;
+    __syncthreads();
+    for (int item = threadIdx.x; item < HOT * PARTS * GROUP; item += blockDim.x) {
+      const int row = item / (PARTS * GROUP);
+      float4 sum = make_float4(0, 0, 0, 0);
+      bool any = false;
+      for (int g = 0; g < groups; ++g) {
+        if (touched[g] >> row & 1) {
+          sum = add(sum, sums[g * HOT * PARTS * GROUP + item]);
+          any = true;
+        }
+      }
+      if (any) {
+        reduce_add_4(weight + (row_start[table] + row) * DIM + item % (PARTS * GROUP) * 4, scaled(rate, sum));
+      }
+    }
+    __syncthreads();
+  }
+}

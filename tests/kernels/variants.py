@@ -1,0 +1,36 @@
+"""The macros that the CUDA sources are compiled with: shapes and types that take every branch of them."""
+
+from __future__ import annotations
+
+from dlrm.nvrtc import Defines
+
+VARIANTS: dict[str, tuple[Defines, ...]] = {
+    "embedding/lookup.cu": (
+        (("DIM", 128), ("WEIGHT", "float"), ("KEY", "int"), ("OUT", "half_t"), ("WEIGHTED", 0)),
+        (("DIM", 48), ("WEIGHT", "half_t"), ("KEY", "int64"), ("OUT", "half_t"), ("WEIGHTED", 1)),
+        (("DIM", 8), ("WEIGHT", "bfloat_t"), ("KEY", "int"), ("OUT", "float"), ("WEIGHTED", 1)),
+        (("DIM", 256), ("WEIGHT", "float"), ("KEY", "int"), ("OUT", "bfloat_t"), ("WEIGHTED", 1)),
+    ),
+    "embedding/sparse_optim.cu": (
+        (("DIM", 128), ("KEY", "int"), ("GRAD", "half_t"), ("HOT", 26)),
+        (("DIM", 16), ("KEY", "int64"), ("GRAD", "bfloat_t"), ("HOT", 32)),
+        (("DIM", 256), ("KEY", "int"), ("GRAD", "float"), ("HOT", 6)),
+    ),
+    "dlrm/interaction.cu": (
+        (("DIM", 128), ("VECTORS", 27), ("FIRST", 1), ("NUMBER", "half_t"), ("ALIGNED", 1), ("RELU", 1)),
+        (("DIM", 40), ("VECTORS", 60), ("FIRST", 0), ("NUMBER", "bfloat_t"), ("ALIGNED", 0), ("RELU", 0)),
+        (
+            ("DIM", 128), ("VECTORS", 27), ("FIRST", 1), ("NUMBER", "half_t"), ("ALIGNED", 1), ("WEIGHT", "float"),
+            ("KEY", "int"),
+        ),
+        (
+            ("DIM", 256), ("VECTORS", 9), ("FIRST", 0), ("NUMBER", "bfloat_t"), ("ALIGNED", 0), ("WEIGHT", "bfloat_t"),
+            ("KEY", "int64"),
+        ),
+    ),
+    "dlrm/interaction_plain.cu": (
+        (("DIM", 128), ("VECTORS", 27), ("FIRST", 1), ("NUMBER", "float"), ("RELU", 1)),
+        (("DIM", 12), ("VECTORS", 70), ("FIRST", 0), ("NUMBER", "half_t"), ("RELU", 0)),
+    ),
+}  # fmt: skip
+"""By source; a source that is not listed stands for itself, without macros."""
