@@ -138,6 +138,12 @@ class TableWiseEmbedding:
         """What this rank holds, in manifest order."""
         return with_touched(self._store.shards, self._scratch.touched)
 
+    def settle(self) -> None:
+        """Nothing: every row lies in one place."""
+
+    def spread(self) -> None:
+        """Nothing: every row lies in one place."""
+
     def track_touched(self) -> None:
         """Note from now on which rows are updated."""
         self._scratch.track_touched()

@@ -13,7 +13,7 @@ Shapes: T tables, B rows of this rank, G rows of the global batch, F = first + T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -42,6 +42,12 @@ class Group(Protocol):
 
     def shards(self) -> list[Shard]:
         """What this rank holds."""
+
+    def settle(self) -> None:
+        """See ``HybridEmbedding``."""
+
+    def spread(self) -> None:
+        """See ``HybridEmbedding``."""
 
     def track_touched(self) -> None:
         """See ``HybridEmbedding``."""
@@ -122,8 +128,9 @@ class HybridEmbedding:
         all_to_all: AllToAll | None = None,
         reduce_start_bytes: float = 0.0,
         topology: Topology | None = None,
+        lists: Mapping[str, Array] | None = None,
     ) -> None:
-        """Allocate and initialise what this rank holds.
+        """Allocate and initialise what this rank holds; collective.
 
         Args:
             specs: all tables, in manifest order; one dim.
@@ -140,10 +147,12 @@ class HybridEmbedding:
                 rank. Above 0, gradients of all replicated rows are summed where finding the touched ones first
                 would take longer.
             topology: of ``comm``: gradients of replicated rows are summed inside nodes first; ``None``: in one step.
+            lists: the frequent rows of each table whose placement is ``listed``, ascending [threshold] int64; the
+                same on every rank.
 
         Raises:
-            ConfigError: the plan is for other tables or ranks, dims differ, or the optimiser needs whole rows where
-                they are cut.
+            ConfigError: the plan is for other tables or ranks, dims differ, a list does not fit, or the optimiser
+                needs whole rows where they are cut.
         """
         if plan.ranks != comm.size or plan.specs != tuple(specs):
             raise ConfigError(
@@ -178,6 +187,7 @@ class HybridEmbedding:
                 wire=wire,
                 reduce_start_bytes=reduce_start_bytes,
                 all_reduce=all_reduce_of(comm, topology),
+                lists=lists,
                 **common,
             )
             self._groups.append((travelling, 1, group))
@@ -220,10 +230,23 @@ class HybridEmbedding:
         )
 
     def shards(self) -> list[Shard]:
-        """What this rank holds, in manifest order; of one table, replicated rows first."""
+        """What this rank holds, in manifest order; of one table, replicated rows first.
+
+        Call ``settle`` before reading and ``spread`` after writing them.
+        """
         order = {spec.name: place for place, spec in enumerate(self.specs)}
         held = [shard for _, _, group in self._groups for shard in group.shards()]
         return sorted(held, key=lambda shard: order[shard.table])
+
+    def settle(self) -> None:
+        """Bring ``shards`` up to date where frequent rows are listed: these change in their replicas alone."""
+        for _, _, group in self._groups:
+            group.settle()
+
+    def spread(self) -> None:
+        """Take over what was written into ``shards``: listed frequent rows reach their replicas; collective."""
+        for _, _, group in self._groups:
+            group.spread()
 
     def track_touched(self) -> None:
         """Note from now on which rows are updated: ``touched`` of the shards says which."""

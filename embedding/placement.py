@@ -70,6 +70,8 @@ class Placement:
         owners: of the columns' parts.
         deduplicate: rows travel, each distinct row once per pair of ranks and batch. A ``table_wise`` table sends
             pooled vectors otherwise.
+        listed: of a ``hybrid`` table: ``threshold`` rows of a list are replicated, not the first ones
+            (``frequent_rows``); row r has a home on rank r % W, used unless it is one of them.
     """
 
     kind: Kind
@@ -77,6 +79,16 @@ class Placement:
     threshold: int = 0
     owners: tuple[int, ...] = ()
     deduplicate: bool = False
+    listed: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that only a hybrid table lists frequent rows.
+
+        Raises:
+            ConfigError: another one does.
+        """
+        if self.listed and self.kind != "hybrid":
+            raise ConfigError(f"placement {self.kind}: lists frequent rows, which only placement hybrid has")
 
     @property
     def pooled(self) -> bool:
@@ -221,7 +233,8 @@ class Plan:
                 return spec.rows * part * placement.owners.count(rank)
             case _:
                 frequent = placement.threshold * (row_bytes + self.gradient_bytes[table])
-                return frequent + row_bytes * owned_rows(spec.rows, placement.threshold, self.ranks, rank)
+                spread_from = 0 if placement.listed else placement.threshold
+                return frequent + row_bytes * owned_rows(spec.rows, spread_from, self.ranks, rank)
 
     def rank_bytes(self, rank: int) -> int:
         """Memory of what ``rank`` holds of all tables."""
@@ -240,7 +253,8 @@ class Plan:
                 held += part * np.bincount(placement.owners, minlength=self.ranks)
             else:
                 held += placement.threshold * (row_bytes + self.gradient_bytes[table])
-                held += row_bytes * np.maximum(0, -(-(spec.rows - placement.threshold - ranks) // self.ranks))
+                spread_from = 0 if placement.listed else placement.threshold
+                held += row_bytes * np.maximum(0, -(-(spec.rows - spread_from - ranks) // self.ranks))
         return held
 
     def rank_cost(self, rank: int) -> float:
@@ -263,7 +277,9 @@ class Plan:
                 "dim": spec.dim,
                 "hotness": spec.hotness,
                 "pooling": spec.pooling,
-                "placement": placement.kind + (" de-duplicated" if placement.deduplicate else ""),
+                "placement": placement.kind
+                + (" listed" if placement.listed else "")
+                + (" de-duplicated" if placement.deduplicate else ""),
                 "frequent_rows": placement.threshold,
                 "rank": owner,
                 "megabytes": round(self.table_bytes[table] / 1e6, 3),
@@ -287,7 +303,7 @@ class Plan:
             ],
             "placements": [
                 {"kind": p.kind, "owner": p.owner, "threshold": p.threshold, "owners": list(p.owners),
-                 "deduplicate": p.deduplicate}
+                 "deduplicate": p.deduplicate, "listed": p.listed}
                 for p in self.placements
             ],
             "ranks": self.ranks,

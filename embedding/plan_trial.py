@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,6 +67,7 @@ class Trial:
         exchange_precision: of vectors between ranks.
         batches: this rank's keys of some batches, and their global rows; the same number on every rank.
         steps: how many are timed at most.
+        lists_of: a plan's lists of frequent rows (``HybridEmbedding``).
     """
 
     comm: Comm
@@ -78,6 +79,7 @@ class Trial:
     exchange_precision: Precision = "fp32"
     batches: Sequence[tuple[Jagged, int]]
     steps: int
+    lists_of: Callable[[Plan], Mapping[str, Array]] = lambda _: {}
 
     def fastest(self, plans: Sequence[Plan]) -> Plan:
         """The plan that ran fastest, with what was measured of all; collective.
@@ -110,6 +112,7 @@ class Trial:
             exchange_precision=self.exchange_precision,
             all_to_all=Hierarchical(self.comm, self.topology) if plan.all_to_all == "hierarchical" else Flat(self.comm),
             topology=self.topology,
+            lists=self.lists_of(plan),
         )
         capacity = max(keys.num_rows for keys, _ in self.batches)
         shape = (capacity, self.first + len(plan.specs), plan.specs[0].dim)

@@ -116,6 +116,15 @@ class ReplicatedRows:
         """Views of the rows by table; tables without any are left out."""
         return [shard for shard in with_touched(self._store.shards, self._scratch.touched) if len(shard.rows)]
 
+    def arrays(self) -> list[Array]:
+        """Weight and states, [H, D] or [H, 1]; write into them."""
+        return [self._store.weight, *self._store.state.values()]
+
+    @property
+    def touched(self) -> Array | None:
+        """[H] bool, rows that were updated since the last clearing; ``None``: nobody asks."""
+        return self._scratch.touched
+
     def track_touched(self) -> None:
         """Note from now on which rows are updated."""
         self._scratch.track_touched()

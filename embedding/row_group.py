@@ -11,8 +11,7 @@ replicated rows, N rows that this rank asks for, M rows that it is asked for, D 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,12 +22,14 @@ from dlrm.errors import ConfigError
 from embedding.all_reduce import AllReduce
 from embedding.all_to_all import AllToAll
 from embedding.batch import check_shares, check_trains
-from embedding.buffers import NO_OFFSETS, NO_WEIGHTS, BatchBuffers, Finish
+from embedding.buffers import NO_OFFSETS, NO_WEIGHTS, Finish
 from embedding.comm import Comm
+from embedding.frequent_rows import FrequentRows, Homes, check_lists
 from embedding.jagged import Jagged
 from embedding.lookup import gather_pool
 from embedding.placement import Placement, TableSpec
 from embedding.replicated import ReplicatedRows
+from embedding.row_buffers import RowBuffers
 from embedding.row_layout import row_layout, rows_of
 from embedding.row_route import RowRoute
 from embedding.slots import ALL, ELSEWHERE, HERE, pool_slots, route_keys, slots_of_tables, sum_slots
@@ -50,27 +51,6 @@ _ONE_TABLE = np.zeros(1, np.int64)
 _SUM = np.zeros(1, np.bool_)
 
 
-@dataclass(slots=True)
-class RowBuffers(BatchBuffers):
-    """One batch of tables whose rows travel.
-
-    Attributes:
-        keys: of this rank, used where they lie.
-        slots: [K] slot of each key.
-        asked: [W] rows asked of each owner.
-        route: what this rank asks for and is asked for; ``None``: nothing travels.
-        ids: [M] numbers, among this rank's rows, of those that it is asked for.
-        touched: replicated rows of the global batch; ``None``: not found out.
-    """
-
-    keys: Jagged | None = None
-    slots: Array = field(default_factory=lambda: np.empty(0, np.int32))
-    asked: list[int] = field(default_factory=list)
-    route: RowRoute | None = None
-    ids: Array = field(default_factory=lambda: np.empty(0, np.int32))
-    touched: Array | None = None
-
-
 class RowGroup:
     """Look-up, exchange and update of ``row_wise``, ``hybrid``, ``replicated`` and de-duplicated tables."""
 
@@ -88,8 +68,9 @@ class RowGroup:
         seed: int | None,
         reduce_start_bytes: float = 0.0,
         all_reduce: AllReduce | None = None,
+        lists: Mapping[str, Array] | None = None,
     ) -> None:
-        """Allocate and initialise what this rank holds.
+        """Allocate and initialise what this rank holds; collective where frequent rows are listed.
 
         Args:
             specs: the group's tables, of one dim.
@@ -103,6 +84,10 @@ class RowGroup:
             seed: of the run.
             reduce_start_bytes: see ``HybridEmbedding``.
             all_reduce: what sums the replicated rows' gradients; ``None``: in one step.
+            lists: see ``HybridEmbedding``.
+
+        Raises:
+            ConfigError: a listed table has no list that fits.
         """
         self._comm, self._all_to_all, self._device, self._wire = comm, all_to_all, device, wire
         self._optimizer, self._dtype, self._dim = optimizer, wire.dtype, specs[0].dim
@@ -138,11 +123,32 @@ class RowGroup:
         self._slot_dtype = np.int32 if self._layout.frequent < _MOST_SLOTS else np.int64
         most = sum(spec.rows for spec in specs)  # of one owner
         self._id_dtype = np.int32 if most < 2**31 else np.int64
+        rows = check_lists(specs, placements, lists or {})
+        self._listed = {spec.name for spec, own in zip(specs, rows, strict=True) if own is not None}
+        self._frequent = FrequentRows.create(specs, rows)
+        base = self._layout.base[comm.rank]
+        self._homes = Homes.create(rows, self._layout.frequent_start, base, comm.size, comm.rank)
+        self.spread()
 
     def shards(self) -> list[Shard]:
-        """What this rank holds: replicated rows, then its own."""
+        """What this rank holds: replicated rows, then its own; for those that are listed stand their homes."""
         own = with_touched(self._store.shards, self._scratch.touched)
-        return [*self._replicated.shards(), *(shard for shard in own if len(shard.rows))]
+        replicated = [shard for shard in self._replicated.shards() if shard.table not in self._listed]
+        return [*replicated, *(shard for shard in own if len(shard.rows))]
+
+    def settle(self) -> None:
+        """See ``HybridEmbedding``."""
+        if self._listed:
+            self._homes.settle(
+                [*self._replicated.arrays(), self._replicated.touched],
+                [self._store.weight, *self._store.state.values(), self._scratch.touched],
+            )
+
+    def spread(self) -> None:
+        """See ``HybridEmbedding``."""
+        if self._listed:
+            own = [self._store.weight, *self._store.state.values()]
+            self._homes.spread(self._replicated.arrays(), own, self._comm)
 
     def track_touched(self) -> None:
         """Note from now on which rows are updated."""
@@ -169,6 +175,8 @@ class RowGroup:
         Raises:
             CommError: the ranks disagree about the batch.
         """
+        if self._listed:
+            keys = self._frequent.place(keys, buffers, device=self._device)
         buffers.keys, buffers.num_rows, buffers.global_rows = keys, keys.num_rows, global_rows
         count = len(keys.keys)
         buffers.slots = buffers.room("slots", self._slot_dtype, count)

@@ -14,7 +14,8 @@ def rows_of(spec: TableSpec, placement: Placement, ranks: int, rank: int) -> ran
     """The rows that ``rank`` alone holds of a table whose rows travel."""
     if placement.kind == "table_wise":
         return range(spec.rows if placement.owner == rank else 0)
-    return range(min(placement.threshold + rank, spec.rows), spec.rows, ranks)
+    first = rank if placement.listed else placement.threshold + rank
+    return range(min(first, spec.rows), spec.rows, ranks)
 
 
 def row_layout(specs: Sequence[TableSpec], placements: Sequence[Placement], ranks: int) -> RowLayout:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from embedding.topology import Topology, discover
 from pipeline.checkpoint import Checkpoint, check_compatible
 from pipeline.checkpoint_shards import pieces_of_shards, read_shards
 from pipeline.dataset import Dataset, load_dataset
+from pipeline.frequency_orders import FrequentLists, list_name
 from pipeline.overlap import Schedule, choose, no_gain_on_host
 from pipeline.plan_agreement import agree_plan
 from pipeline.stages import Stages
@@ -44,6 +44,7 @@ class Engine:
     plan: Plan
     model: DenseModel
     topology: Topology
+    lists: FrequentLists
     embedding: HybridEmbedding
     optimizer: DenseOptimizer
     stages: Stages
@@ -65,8 +66,10 @@ class Engine:
 
     def tensors(self) -> dict[str, Any]:
         """Every weight and optimiser state that this rank writes: the dense ones on rank 0, its tables everywhere."""
+        self.embedding.settle()
         named: dict[str, Any] = {}
         if self.comm.rank == 0:
+            named.update({list_name(table): rows for table, rows in self.lists.items()})
             named.update(self.model.parameters)
             named.update({f"optimizer.{name}": state for name, state in self.optimizer.state.items()})
         named.update(pieces_of_shards(self.embedding.shards(), self._table_shapes(), self.comm.rank))
@@ -85,6 +88,7 @@ class Engine:
             for shard in self.embedding.shards():
                 whole = weights[f"table.{shard.table}"]
                 shard.weight[...] = whole[_slice(shard.rows), _slice(shard.columns)]
+        self.embedding.spread()
 
     def load_checkpoint(self, checkpoint: Checkpoint, *, states: bool) -> None:
         """Take weights, and with ``states`` also the optimisers' state, out of a checkpoint.
@@ -105,6 +109,7 @@ class Engine:
         for name, target in dense.items():
             _read(checkpoint, name, target)
         read_shards(checkpoint, self.embedding.shards(), self._table_shapes(), states=states)
+        self.embedding.spread()
 
     def _table_shapes(self) -> dict[str, tuple[int, int]]:
         return {spec.name: (spec.rows, spec.dim) for spec in self.plan.specs}
@@ -114,14 +119,14 @@ class Engine:
         return dense | {f"table.{name}": shape for name, shape in self._table_shapes().items()}
 
 
-def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved_plan: Mapping[str, Any] | None = None) -> Engine:
+def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved: Checkpoint | None = None) -> Engine:
     """Join the parts for one run.
 
     Args:
         config: of the run.
         comm: all ranks.
         threads: of each rank.
-        saved_plan: plan of the checkpoint to go on from (``Plan.to_values``).
+        saved: the checkpoint to go on from; its plan is kept where it fits, its weights are not read.
 
     Raises:
         ConfigError: the config does not fit the ranks or the data.
@@ -146,7 +151,7 @@ def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved_plan: Map
         seed=config.seed,
     )
     topology = discover(comm)
-    plan = agree_plan(config, dataset, comm=comm, topology=topology, device=device, saved=saved_plan)
+    plan, lists = agree_plan(config, dataset, comm=comm, topology=topology, device=device, saved=saved)
     # A lane has its own order of collectives, which must not meet those of another one.
     embedding_comm, dense_comm = (comm.split(0, comm.rank) for _ in range(2))
     embedding = HybridEmbedding(
@@ -163,6 +168,7 @@ def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved_plan: Map
         if plan.all_to_all == "hierarchical"
         else Flat(embedding_comm),
         topology=topology,
+        lists=lists,
     )
     optimizer = DenseOptimizer(config.optimizer, model.flat_parameters.size, dtype, device)
     stages = Stages(
@@ -185,6 +191,7 @@ def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved_plan: Map
         plan=plan,
         model=model,
         topology=topology,
+        lists=lists,
         embedding=embedding,
         optimizer=optimizer,
         stages=stages,

@@ -44,8 +44,8 @@ def main(
 
         run = load_run_config(config, overrides)
         opened = open_checkpoint(Path(checkpoint), comm=process.comm)
-        saved_plan = opened.meta.get("plan")  # on as many ranks nothing has to be counted and measured again
-        engine = build_engine(run, comm=process.comm, threads=process.threads, saved_plan=saved_plan)
+        # On as many ranks as trained it, nothing has to be counted and measured again.
+        engine = build_engine(run, comm=process.comm, threads=process.threads, saved=opened)
         engine.load_checkpoint(opened, states=False)
         evaluation = evaluate(engine, split=split, scores=Path(scores) if scores else None)
         if process.comm.rank == 0:

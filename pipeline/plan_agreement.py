@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +16,9 @@ from embedding.links import DEFAULT, LinkRates, probe, rates_from_values
 from embedding.plan import Plan, plan_from_values
 from embedding.plan_trial import Trial, plans_on_first_rank
 from embedding.topology import Topology
+from pipeline.checkpoint import Checkpoint
 from pipeline.dataset import Dataset
+from pipeline.frequency_orders import FrequencyOrders, FrequentLists, may_list, saved_lists
 from pipeline.loader import Loader
 from pipeline.planning import calibrate, forced_placements, memory_limit_bytes, plan_several, plan_tables, table_specs
 
@@ -33,12 +33,12 @@ def agree_plan(
     comm: Comm,
     topology: Topology,
     device: Device,
-    saved: Mapping[str, Any] | None = None,
-) -> Plan:
-    """The plan of a run (collective).
+    saved: Checkpoint | None = None,
+) -> tuple[Plan, FrequentLists]:
+    """The plan of a run, and the frequent rows of tables that are not numbered by frequency (collective).
 
-    A resumed run keeps the plan of its checkpoint where ranks, nodes and tables are the same, so that it goes on bit
-    for bit. Otherwise rank 0 counts the first batches and decides, by link rates that are measured where they are
+    A resumed run keeps plan and lists of its checkpoint where ranks, nodes and tables are the same, so that it goes on
+    bit for bit. Otherwise rank 0 counts the first batches and decides, by link rates that are measured where they are
     not yet known in the run's folder; where kinds of plans are predicted to be about as fast, some steps of each are
     timed. Measured times differ from run to run, and with them plans and the order of sums: with ``deterministic``
     nothing is measured, and rates that are supposed of any machine decide.
@@ -49,37 +49,42 @@ def agree_plan(
         comm: all ranks.
         topology: their nodes.
         device: that the look-ups run on.
-        saved: ``Plan.to_values`` of the checkpoint to go on from.
+        saved: the checkpoint to go on from.
 
     Raises:
         ConfigError: something forced cannot be, or no plan fits the memory.
+        CheckpointError: the checkpoint lacks a list of its plan, or it is damaged.
     """
     specs = tuple(table_specs(config, dataset.tables))
-    if saved is not None:
-        plan = plan_from_values(saved)
+    if saved is not None and "plan" in saved.meta:
+        plan = plan_from_values(saved.meta["plan"])
         if (plan.ranks, plan.nodes, plan.specs) == (comm.size, topology.num_nodes, specs):
-            return plan
+            return plan, saved_lists(saved, plan)
     if comm.size == 1:
-        return plan_tables(config, dataset.tables, ranks=1)
+        return plan_tables(config, dataset.tables, ranks=1), {}
     limit = np.array([memory_limit_bytes(config, topology.local_size)], np.int64)
     comm.all_reduce(limit, "min").wait()
     weighed = _is_weighed(config, dataset)
     links = _link_rates(config, comm, topology, device) if weighed else DEFAULT
+    orders = FrequencyOrders()
 
     def make() -> list[Plan]:
-        return plan_several(
+        known = calibrate(config, dataset) if weighed or may_list(config, dataset) else None
+        plans = plan_several(
             config,
             dataset.tables,
             ranks=comm.size,
             nodes=topology.num_nodes,
-            calibration=calibrate(config, dataset) if weighed else None,
+            calibration=known,
             links=links,
             memory_limit=int(limit[0]),
         )
+        return orders.mark(plans, dataset.tables, known)
 
     plans = plans_on_first_rank(comm, make)
+    orders.share(plans, comm)
     if len(plans) == 1 or config.deterministic or not config.embedding.trial_steps:
-        return plans[0]
+        return plans[0], orders.lists_of(plans[0])
     trial = Trial(
         comm=comm,
         topology=topology,
@@ -90,8 +95,10 @@ def agree_plan(
         exchange_precision=config.embedding.exchange_precision,
         batches=_first_batches(config, dataset, comm),
         steps=config.embedding.trial_steps,
+        lists_of=orders.lists_of,
     )
-    return trial.fastest(plans)
+    plan = trial.fastest(plans)
+    return plan, orders.lists_of(plan)
 
 
 def _first_batches(config: RunConfig, dataset: Dataset, comm: Comm) -> list[tuple[Jagged, int]]:

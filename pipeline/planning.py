@@ -72,13 +72,21 @@ def calibrate(config: RunConfig, dataset: Dataset) -> Calibration:
             jagged = jagged or batch.host.keys.offsets is not None
     names = [table.name for table in dataset.tables]
     return Calibration(
-        frequencies={name: counts.frequency(table) for table, name in enumerate(names)},
+        frequencies={info.name: _by_frequency(counts, table, info) for table, info in enumerate(dataset.tables)},
         hotness={name: counts.mean_hotness(table) for table, name in enumerate(names)},
         jagged=jagged,
         weighted=dataset.weighted,
         key_itemsize=np.dtype(dataset.key_dtype).itemsize,
         counts=counts,
     )
+
+
+def _by_frequency(counts: RowCounts, table: int, info: TableInfo) -> Frequency:
+    """As the plan meets the rows: in their own order, or the most frequent first where these will be listed."""
+    if info.frequency_ordered:
+        return counts.frequency(table)
+    seen = counts.counts[table]
+    return Frequency.from_counts(np.sort(seen[seen > 0])[::-1], info.rows)
 
 
 def supposed(tables: Sequence[TableInfo], exponent: float, key_itemsize: int = 4) -> Calibration:

@@ -85,8 +85,7 @@ class Trainer:
         self.checkpoints = self.directory / "checkpoints"
         latest = latest_checkpoint(self.checkpoints)
         self._latest = None if latest is None else open_checkpoint(latest, comm=comm)
-        saved_plan = self._latest.meta.get("plan") if self._latest else None
-        self.engine: Engine = build_engine(config, comm=comm, threads=threads, saved_plan=saved_plan)
+        self.engine: Engine = build_engine(config, comm=comm, threads=threads, saved=self._latest)
         self.split = self.engine.dataset.split("train")
         self.steps = self._planned_steps()
         self.course = _Course()

@@ -47,6 +47,9 @@ def placement_of(case: HybridCase, table: int, ranks: int) -> Placement:
             return Placement(kind="replicated", threshold=rows, deduplicate=case.deduplicate)
         case "hybrid" if 0 < int(rows * case.share) < rows:
             return Placement(kind="hybrid", threshold=int(rows * case.share), deduplicate=case.deduplicate)
+        case "listed" if 0 < int(rows * case.share) < rows:
+            threshold = int(rows * case.share)
+            return Placement(kind="hybrid", threshold=threshold, deduplicate=case.deduplicate, listed=True)
         case _:
             return Placement(kind="row_wise", deduplicate=case.deduplicate)
 
@@ -59,7 +62,13 @@ def build(case: HybridCase, comm: Any) -> HybridEmbedding:
     )
     placements = tuple(placement_of(case, table, comm.size) for table in range(len(specs)))
     topology = discover(comm, case.nodes)
+    lists = {
+        spec.name: np.sort(np.random.default_rng([case.seed, i]).permutation(spec.rows)[: placement.threshold])
+        for i, (spec, placement) in enumerate(zip(specs, placements, strict=True))
+        if placement.listed
+    }
     return HybridEmbedding(
+        lists=lists,
         specs=specs,
         plan=Plan(specs=specs, placements=placements, ranks=comm.size),
         comm=comm,
@@ -138,6 +147,7 @@ def train(case: HybridCase, comm: Any) -> Outcome:
         embedding.grad_dist(buffers)
         embedding.sparse_update(buffers, 0.1, step)
         sent.append(embedding.bytes_sent(buffers))
+    embedding.settle()
     shards = []
     for shard in embedding.shards():
         arrays = {name: array.copy() for name, array in ({"weight": shard.weight} | shard.state).items()}

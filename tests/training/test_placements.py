@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.checkpoint import open_checkpoint
+from pipeline.dataset import load_dataset
 
 HYBRID = {"tables": {name: {"placement": "hybrid", "threshold": rows} for name, rows in (("user", 7), ("item", 100))}}
 PLACEMENTS = {
@@ -22,7 +23,7 @@ PLACEMENTS = {
 
 def tensors_of(directory):
     checkpoint = open_checkpoint(max((Path(directory) / "checkpoints").glob("step-*")))
-    return {name: checkpoint.read(name) for name in checkpoint.names}
+    return {name: checkpoint.read(name) for name in checkpoint.names if not name.startswith("frequent.")}
 
 
 def assert_close(left, right):
@@ -54,6 +55,29 @@ def test_a_placement_trains_as_one_rank_does(alone, run_engine, name):
         code, errors = run_engine(values, ranks=ranks)
         assert code == 0, errors
         assert_close(tensors_of(values["run"]["directory"]), expected)
+
+
+@pytest.mark.ranks
+def test_frequent_rows_are_found_wherever_they_are_and_kept(alone, run_engine):
+    """All 403 rows are counted before the plan is made; the data numbers its rows at random."""
+    values_of, _ = alone
+    for until in (5, 9):
+        values = values_of("counted", embedding=PLACEMENTS["hybrid"], train={"max_steps": until})
+        code, errors = run_engine(values, ranks=2)
+        assert code == 0, errors
+        checkpoint = open_checkpoint(max((Path(values["run"]["directory"]) / "checkpoints").glob("step-*")))
+        split = load_dataset(values["data"]["path"]).split("train")
+        keys = split.read(slice(None)).keys
+        for table, (name, rows, threshold) in enumerate((("user", 50, 7), ("tags", 20, 0), ("item", 300, 100))):
+            if not threshold:
+                assert f"frequent.{name}" not in checkpoint
+                continue
+            own = keys.keys[keys.offsets[table * split.rows] : keys.offsets[(table + 1) * split.rows]]
+            counts = np.bincount(own, minlength=rows)
+            expected = sorted(range(rows), key=lambda row: (-counts[row], row))[:threshold]
+            np.testing.assert_array_equal(checkpoint.read(f"frequent.{name}"), sorted(expected))
+    kinds = [placement["listed"] for placement in checkpoint.meta["plan"]["placements"]]
+    assert kinds == [True, False, True]
 
 
 @pytest.mark.ranks
