@@ -115,9 +115,8 @@ class RowGroup:
             Part(spec, rows_of(spec, placement, comm.size, comm.rank), columns)
             for spec, placement in zip(specs, placements, strict=True)
         ]
-        self._store = create_shards(
-            owned, self._dim, device=device, optimizer=optimizer, dtype=self._dtype, seed=seed
-        )  # fmt: skip
+        common: dict[str, Any] = {"device": device, "optimizer": optimizer, "dtype": self._dtype, "seed": seed}
+        self._store = create_shards(owned, self._dim, **common)
         self._scratch = UpdateScratch.create(len(self._store.weight))
         self._travels = any(placement.threshold < spec.rows for spec, placement in zip(specs, placements, strict=True))
         self._slot_dtype = np.int32 if self._layout.frequent < _MOST_SLOTS else np.int64
@@ -139,10 +138,8 @@ class RowGroup:
     def settle(self) -> None:
         """See ``HybridEmbedding``."""
         if self._listed:
-            self._homes.settle(
-                [*self._replicated.arrays(), self._replicated.touched],
-                [self._store.weight, *self._store.state.values(), self._scratch.touched],
-            )
+            own = [self._store.weight, *self._store.state.values(), self._scratch.touched]
+            self._homes.settle([*self._replicated.arrays(), self._replicated.touched], own)
 
     def spread(self) -> None:
         """See ``HybridEmbedding``."""
