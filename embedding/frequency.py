@@ -153,6 +153,36 @@ class Frequency:
         )
 
     @classmethod
+    def from_steps(cls, counts: Sequence[int], sizes: Sequence[int], rows: int) -> Frequency:
+        """As ``from_counts`` of ``np.repeat(counts, sizes)``, without making it.
+
+        Args:
+            counts: look-ups of one row.
+            sizes: so many neighbouring rows have it.
+            rows: R; rows beyond were never seen.
+
+        Raises:
+            ConfigError: there are more counts than rows, or one is negative.
+        """
+        ends = np.cumsum([0, *sizes], dtype=np.int64)
+        if int(ends[-1]) > rows or min(counts, default=0) < 0:
+            raise ConfigError(f"counts: {ends[-1]} of them, for {rows} rows; give one of at least 0 for each row")
+        total = sum(count * size for count, size in zip(counts, sizes, strict=True))
+        if not total:
+            return cls.power_law(rows, 0.0)
+        edges = bin_edges(rows)
+        cuts = np.unique(np.concatenate([edges, ends]))
+        places = np.searchsorted(ends, cuts[:-1], side="right") - 1
+        weights = np.array([*counts, 0], np.float64)[places]
+        bins = np.searchsorted(edges, cuts[:-1], side="right") - 1
+        # One group for each count of a bin, in ascending order, as ``np.unique`` makes them.
+        keys, group = np.unique(np.stack([bins, weights]), axis=1, return_inverse=True)
+        members = np.bincount(group.reshape(-1), np.diff(cuts)).astype(np.int64)
+        return cls(
+            rows=rows, edges=edges, bins=keys[0].astype(np.int64), members=members, weights=keys[1], total=int(total)
+        )
+
+    @classmethod
     def power_law(cls, rows: int, exponent: float) -> Frequency:
         """What a power law gives: row k has the part of x^-exponent between k + 1 and k + 2, out of 1 .. R + 1.
 

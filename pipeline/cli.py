@@ -14,7 +14,8 @@ import typer
 
 from dlrm.errors import ConfigError, CrosslaneError
 from pipeline.cli_convert import convert
-from pipeline.cli_data import data_app, prepare_app, synth
+from pipeline.cli_criteo import prepare_criteo
+from pipeline.cli_data import ManyValues, data_app, prepare_app, synth
 from pipeline.cli_plan import plan
 from pipeline.console import AsJson, print_fields, print_json, print_rows, show_progress
 from pipeline.ready_configs import ready_config, ready_configs
@@ -232,6 +233,7 @@ def _first_comment(path: Path) -> str:
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
+prepare_app.command("criteo", cls=ManyValues)(prepare_criteo)
 app.add_typer(prepare_app, name="prepare", rich_help_panel="Data")
 app.add_typer(data_app, name="data", rich_help_panel="Data")
 app.command(rich_help_panel="Data")(synth)

@@ -86,41 +86,6 @@ def print_dataset(directory: Path, *, as_json: bool, **figures: Any) -> None:
     print_fields("Prepared data set", {**fields, **figures}, as_json=as_json)
 
 
-@prepare_app.command("criteo", cls=ManyValues)
-def prepare_criteo(
-    train: Annotated[list[Path], typer.Option(metavar="FILE...", help="Training rows, in time order; plain or .gz.")],
-    out: Out,
-    test: Annotated[list[Path] | None, typer.Option(metavar="FILE...", help="Rows of the split 'test'.")] = None,
-    validation: Annotated[list[Path] | None, typer.Option(metavar="FILE...", help="Rows of 'validation'.")] = None,
-    validation_fraction: Annotated[
-        float, typer.Option(help="Or: this last part of the training rows becomes 'validation'.")
-    ] = 0.0,
-    frequency_threshold: Annotated[
-        int, typer.Option(help="Categories seen less often in the training rows share number 0.")
-    ] = 2,
-    name: Annotated[str, typer.Option(help="Name of the data set.")] = "criteo",
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Criteo's rows: label, 13 integers, 26 hexadecimal categories, tab-separated."""
-    settle_threads()
-    from pipeline.etl.criteo import prepare_criteo as prepare
-
-    with phases() as progress:
-        directory = prepare(
-            train,
-            test or [],
-            out,
-            validation=validation or [],
-            validation_fraction=validation_fraction,
-            frequency_threshold=frequency_threshold,
-            name=name,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    print_dataset(directory, as_json=as_json)
-
-
 @prepare_app.command("table", cls=ManyValues)
 def prepare_table(
     schema: Annotated[Path, typer.Option(metavar="FILE", help="YAML or JSON file that says what the columns are.")],

@@ -1,8 +1,9 @@
-"""Text files as pieces of whole lines, plain (memory-mapped) or gzip-compressed."""
+"""Text files as pieces of whole lines, plain or gzip-compressed."""
 
 from __future__ import annotations
 
 import gzip
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,44 +67,84 @@ def check_distinct(inputs: Mapping[str, Iterable[Path]]) -> None:
             seen[path.resolve()] = split
 
 
-def pieces(path: Path, piece_bytes: int) -> Iterator[Piece]:
-    """Cut a file into pieces of about ``piece_bytes`` uncompressed bytes, in order.
+def line_start(file: int, offset: int) -> int:
+    """The first place at or behind ``offset`` where a line of an open plain file starts, or the file's end."""
+    if offset == 0:
+        return 0
+    place = offset - 1
+    while block := os.pread(file, _WINDOW, place):
+        found = block.find(b"\n")
+        if found >= 0:
+            return place + found + 1
+        place += len(block)
+    return place
+
+
+def pieces(path: Path, piece_bytes: int, start: int = 0, stop: int | None = None) -> Iterator[Piece]:
+    """Cut the lines that start in ``start .. stop`` into pieces of about ``piece_bytes`` uncompressed bytes, in order.
+
+    Bytes are read, not mapped: mapped pages would count as this process's memory, and a file that is cut short
+    meanwhile would end it.
+
+    Args:
+        path: plain, or ``.gz``, which is always cut whole.
+        piece_bytes: of a piece.
+        start: first byte.
+        stop: last byte + 1; ``None``: to the end.
 
     Raises:
         DataError: the file cannot be read, or is damaged gzip.
     """
     try:
-        yield from _packed_pieces(path, piece_bytes) if path.suffix == ".gz" else _plain_pieces(path, piece_bytes)
+        if path.suffix == ".gz":
+            yield from _packed_pieces(path, piece_bytes)
+        else:
+            yield from _plain_pieces(path, piece_bytes, start, stop)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged or truncated gzip ({error}); get the file again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _plain_pieces(path: Path, piece_bytes: int) -> Iterator[Piece]:
-    text = np.memmap(path, dtype=np.uint8, mode="r")
-    start = 0
-    while start < len(text):
-        end = _line_end(text, min(start + piece_bytes, len(text)))
-        yield Piece(np.asarray(text[start:end]), end - start)
-        start = end
+def _plain_pieces(path: Path, piece_bytes: int, start: int, stop: int | None) -> Iterator[Piece]:
+    with path.open("rb", buffering=0) as file:
+        handle = file.fileno()
+        place = line_start(handle, start)
+        end = os.fstat(handle).st_size if stop is None else line_start(handle, stop)
+        while place < end:
+            wanted = min(piece_bytes, end - place)
+            text = np.empty(wanted, np.uint8)
+            read = os.preadv(handle, [text.data], place)
+            if read < wanted and place + read < end:
+                if read == 0:
+                    raise OSError(0, "became shorter while it was read")
+                wanted = read
+            keep = wanted if place + wanted == end else _whole_lines(text[:wanted])
+            if keep == 0:  # a line longer than a piece
+                keep = line_start(handle, place + wanted) - place
+                text = np.empty(keep, np.uint8)
+                if os.preadv(handle, [text.data], place) < keep:
+                    raise OSError(0, "became shorter while it was read")
+            yield Piece(text[:keep], keep)
+            place += keep
 
 
-def _line_end(text: Any, place: int) -> int:
-    """The first place after a line end at or behind ``place``, or the end of the text."""
-    while place < len(text):
-        found = np.flatnonzero(text[place : place + _WINDOW] == _NEWLINE)
+def _whole_lines(text: Any) -> int:
+    """Bytes up to behind the last line end; 0 without one."""
+    size = len(text)
+    while size > 0:
+        found = np.flatnonzero(text[max(0, size - _WINDOW) : size] == _NEWLINE)
         if len(found):
-            return place + int(found[0]) + 1
-        place += _WINDOW
-    return len(text)
+            return max(0, size - _WINDOW) + int(found[-1]) + 1
+        size -= _WINDOW
+    return 0
 
 
 def _packed_pieces(path: Path, piece_bytes: int) -> Iterator[Piece]:
     with path.open("rb") as packed, gzip.GzipFile(fileobj=packed) as file:
         read_before = 0
         while block := file.read(piece_bytes):
-            text = block + file.readline()
+            text = block if block.endswith(b"\n") else block + file.readline()
             read = packed.tell()
             yield Piece(np.frombuffer(text, dtype=np.uint8), read - read_before)
             read_before = read

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlrm.errors import DataError
-from pipeline.etl import criteo_numba as parser
+from pipeline.etl import criteo_text as layout
+from pipeline.etl import criteo_text_numba as parser
 from pipeline.etl.text_blocks import check_files, pieces
 from pipeline.formats import criteo_tsv_numba
 from pipeline.formats.block import (
@@ -38,7 +39,7 @@ from pipeline.formats.names import day_order, split_name
 from pipeline.manifest import TableInfo
 from pipeline.threads import threads_per_rank
 
-NUM_DENSE, NUM_TABLES = parser.NUM_DENSE, parser.NUM_CATEGORICAL
+NUM_DENSE, NUM_TABLES = layout.NUM_DENSE, layout.NUM_CATEGORICAL
 _COLUMNS = ("label", *(f"I{n + 1}" for n in range(NUM_DENSE)), *(f"C{t + 1}" for t in range(NUM_TABLES)))
 _TABLE_ROWS = 2**32
 _PIECE_BYTES = 4 << 20
@@ -116,10 +117,10 @@ def _parse(text: Any) -> Block | _Fault:
     labels = np.empty(rows, np.int32)
     integers = np.empty((rows, NUM_DENSE), np.int64)
     categories = np.empty((NUM_TABLES, rows), np.int64)
-    outcome, row, column, start, end = parser.parse(text, labels, integers, categories)
-    if outcome != parser.OK:
+    outcome, row, column, start, end = parser.parse(text, 0, labels, integers, categories)
+    if outcome != layout.OK:
         return _Fault(row, start, _clause(outcome, column, bytes(text[start:end][:_SHOWN_BYTES])))
-    missing = integers == parser.MISSING_INTEGER
+    missing = integers == layout.MISSING_INTEGER
     wide = ~missing & ((integers <= MISSING_COUNT) | (integers >= 2**31))
     if wide.any():
         row, column = (int(place) for place in np.argwhere(wide)[0])
@@ -132,13 +133,13 @@ def _parse(text: Any) -> Block | _Fault:
 
 
 def _clause(outcome: int, column: int, found: bytes) -> str:
-    if outcome in (parser.TOO_FEW, parser.TOO_MANY):
-        count = f"{column}" if outcome == parser.TOO_FEW else f"more than {len(_COLUMNS)}"
+    if outcome in (layout.TOO_FEW, layout.TOO_MANY):
+        count = f"{column}" if outcome == layout.TOO_FEW else f"more than {len(_COLUMNS)}"
         return f"{count} columns, but a row has {len(_COLUMNS)} (label, 13 integers, 26 categories)"
     wanted = {
-        parser.BAD_LABEL: "0 or 1",
-        parser.BAD_INTEGER: "an integer of at most 18 digits, or empty",
-        parser.BAD_HEX: "8 hexadecimal digits, or empty",
+        layout.BAD_LABEL: "0 or 1",
+        layout.BAD_INTEGER: "an integer of at most 18 digits, or empty",
+        layout.BAD_HEX: "8 hexadecimal digits, or empty",
     }[outcome]
     shown = found.decode("utf-8", "backslashreplace")
     return f"column {column + 1} ({_COLUMNS[column]}): {shown!r}, but must be {wanted}"

@@ -26,7 +26,8 @@ import numpy as np  # noqa: E402
 
 from dlrm.config import load_run_config  # noqa: E402
 from pipeline.dataset import Dataset, load_dataset  # noqa: E402
-from pipeline.etl.criteo import prepare_criteo  # noqa: E402
+from pipeline.etl.criteo import CriteoInputs, prepare_criteo  # noqa: E402
+from pipeline.etl.rules import Rules  # noqa: E402
 from pipeline.loader import RowOrder  # noqa: E402
 from pipeline.sources import prepare_source  # noqa: E402
 
@@ -60,7 +61,8 @@ def main() -> None:
         if options.case == "movielens":
             prepare_source("movielens", out)
         else:
-            prepare_criteo([options.train], [options.test], out, validation_fraction=0.1, frequency_threshold=6)
+            inputs = CriteoInputs(train=[options.train], test=[options.test], validation_fraction=0.1)
+            prepare_criteo(inputs, out, rules=Rules(frequency_threshold=6))
         dataset = load_dataset(out)
         arrays: dict[str, np.ndarray] = {
             "tables": np.array([table.name for table in dataset.tables]),

@@ -20,7 +20,8 @@ from sklearn.metrics import roc_auc_score
 
 from dlrm.config import parse_run_config, read_config_file
 from pipeline.dataset import Dataset, load_dataset
-from pipeline.etl.criteo import prepare_criteo
+from pipeline.etl.criteo import CriteoInputs, prepare_criteo
+from pipeline.etl.rules import Rules
 from pipeline.sources import prepare_source
 from pipeline.train import train
 
@@ -70,7 +71,8 @@ def criteo_files() -> tuple[Path, Path]:
 @pytest.mark.slow
 def test_criteo_rows_are_learnt_as_the_twin_learns_them(tmp_path: Path) -> None:
     train_file, test_file = criteo_files()
-    prepare_criteo([train_file], [test_file], tmp_path / "data", validation_fraction=0.1, frequency_threshold=6)
+    inputs = CriteoInputs(train=[train_file], test=[test_file], validation_fraction=0.1)
+    prepare_criteo(inputs, tmp_path / "data", rules=Rules(frequency_threshold=6))
     check_twin_is_of("criteo_sample", tmp_path / "data")
     report = train_example("criteo_sample", tmp_path / "data", tmp_path / "run", seed=1)
     twin = TWINS["criteo_sample"]["seeds"]["1"]

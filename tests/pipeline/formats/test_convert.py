@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dlrm.errors import ConfigError, DataError
 from pipeline.convert import FORMATS, convert, detect, format_named
 from pipeline.dataset import load_dataset
-from pipeline.etl.criteo import prepare_criteo
+from pipeline.etl.criteo import CriteoInputs, prepare_criteo
 from pipeline.formats.block import Schema, make_block
 from pipeline.formats.interchange import LOSSES, WriteOptions
 from pipeline.manifest import TableInfo
@@ -306,7 +306,7 @@ def test_real_rows_go_through_every_format(tmp_path: Path, name: str) -> None:
         manifest = (tmp_path / "source" / "dataset.json").read_text()
         (tmp_path / "source" / "dataset.json").write_text(re.sub(r'"rows": 4294967296', '"rows": 1009', manifest))
     else:
-        prepare_criteo([file], [], tmp_path / "source")
+        prepare_criteo(CriteoInputs(train=[file]), tmp_path / "source")
     source = tmp_path / "source"
     done = convert(source, tmp_path / "out", to=name, allow=frozenset({"fp16-dense", "negative-counts"}))
     convert(tmp_path / "out", tmp_path / "back", to="raw")

@@ -1,0 +1,143 @@
+"""The engine's verbs about Criteo's rows: prepare, encode, and the environment of NVTabular."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from pipeline.cli_data import Out, Overwrite, phases, print_dataset
+from pipeline.console import AsJson, terminal
+from pipeline.threads import launched_ranks, settle_threads
+
+if TYPE_CHECKING:
+    from embedding.comm import Comm
+
+_LINE_EVERY_S = 10.0
+
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(help="Memory of all ranks on a machine together, such as 2GiB; default: half of what is free."),
+]
+
+
+@contextmanager
+def long_phases() -> Iterator[Callable[[str, int, int], None]]:
+    """As ``phases``; where there is no terminal, a line every ten seconds with the time that is left."""
+    if terminal(errors=True).is_terminal:
+        with phases() as on_progress:
+            yield on_progress
+        return
+    started: dict[str, tuple[float, int]] = {}
+    told = time.monotonic()
+
+    def on_line(phase: str, done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        since, first = started.setdefault(phase, (now, done))
+        if now - told < _LINE_EVERY_S or done <= first:
+            return
+        told = now
+        left = (now - since) / (done - first) * (total - done)
+        print(f"{phase}: {100 * done / max(total, 1):.1f} %, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    yield on_line
+
+
+def prepare_criteo(
+    train: Annotated[list[Path], typer.Option(metavar="FILE...", help="Training rows, in time order; plain or .gz.")],
+    out: Out,
+    test: Annotated[list[Path] | None, typer.Option(metavar="FILE...", help="Rows of the split 'test'.")] = None,
+    validation: Annotated[list[Path] | None, typer.Option(metavar="FILE...", help="Rows of 'validation'.")] = None,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Or: this last part of the training rows becomes 'validation'.")
+    ] = 0.0,
+    last_day: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Or: first half is 'test', second half 'validation'.")
+    ] = None,
+    frequency_threshold: Annotated[
+        int, typer.Option(help="Categories seen less often in the training rows share number 0.")
+    ] = 2,
+    cap_modulo: Annotated[
+        int | None, typer.Option(help="Take categories modulo this first (MLPerf: 40000000).")
+    ] = None,
+    cap_rows: Annotated[int | None, typer.Option(help="Rows of a table at most: the most frequent stay.")] = None,
+    dense_transform: Annotated[
+        Literal["clip_log1p", "add2_log1p", "add3_log"], typer.Option(help="What becomes of integers.")
+    ] = "clip_log1p",
+    missing_integer: Annotated[
+        int | None, typer.Option(help="What an empty integer counts as; default: as the transform's convention has it.")
+    ] = None,
+    missing_category: Annotated[
+        Literal["own", "zero", "rare"], typer.Option(help="Empty category: of its own, value 00000000, or number 0.")
+    ] = "own",
+    memory_limit: MemoryLimit = None,
+    name: Annotated[str, typer.Option(help="Name of the data set.")] = "criteo",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Criteo's rows: label, 13 integers, 26 hexadecimal categories; also under mpirun, and again after a kill."""
+    settle_threads()
+    from pipeline.etl.criteo import CriteoInputs
+    from pipeline.etl.criteo import prepare_criteo as prepare
+    from pipeline.etl.memory import parse_size
+    from pipeline.etl.rules import make_rules
+
+    def work(comm: Comm | None) -> None:
+        rules = make_rules(
+            frequency_threshold=frequency_threshold,
+            cap_modulo=cap_modulo,
+            cap_rows=cap_rows,
+            dense_transform=dense_transform,
+            missing_integer=missing_integer,
+            missing_category=missing_category,
+        )
+        inputs = CriteoInputs(
+            train=train,
+            validation=validation or [],
+            test=test or [],
+            last_day=last_day,
+            validation_fraction=validation_fraction,
+        )
+        first = comm is None or comm.rank == 0
+        limit = None if memory_limit is None else parse_size("--memory-limit", memory_limit)
+        with long_phases() as progress:
+            prepare(
+                inputs,
+                out,
+                rules=rules,
+                name=name,
+                overwrite=overwrite,
+                memory_limit=limit,
+                comm=comm,
+                progress=progress if first else None,
+            )
+        if first:
+            print_dataset(out, as_json=as_json)
+
+    _on_ranks(work)
+
+
+def _on_ranks(work: Callable[[Comm | None], None]) -> None:
+    """Do the work of this process, or of this rank where mpirun started several.
+
+    Raises:
+        typer.Exit: a rank failed.
+    """
+    if launched_ranks() == 1:
+        work(None)
+        return
+    from pipeline.cli import debugging
+    from pipeline.entry import Process, run_process
+
+    def on_rank(process: Process) -> int:
+        work(process.comm)
+        return 0
+
+    if code := run_process(on_rank, debug=debugging(), stoppable=False):
+        raise typer.Exit(code)
