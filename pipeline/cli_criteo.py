@@ -105,7 +105,6 @@ def prepare_criteo(
             validation_fraction=validation_fraction,
         )
         first = comm is None or comm.rank == 0
-        limit = None if memory_limit is None else parse_size("--memory-limit", memory_limit)
         with long_phases() as progress:
             prepare(
                 inputs,
@@ -113,7 +112,7 @@ def prepare_criteo(
                 rules=rules,
                 name=name,
                 overwrite=overwrite,
-                memory_limit=limit,
+                memory_limit=parse_size("--memory-limit", memory_limit),
                 comm=comm,
                 progress=progress if first else None,
             )

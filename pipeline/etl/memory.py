@@ -18,12 +18,14 @@ _RESERVE = 96 << 20
 LEAST_FOR_TABLES = 64 << 20
 
 
-def parse_size(option: str, text: str) -> int:
-    """Bytes of ``2GiB``, ``500M`` and the like.
+def parse_size(option: str, text: str | None) -> int | None:
+    """Bytes of ``2GiB``, ``500M`` and the like; ``None`` stays.
 
     Raises:
         ConfigError: it is no size.
     """
+    if text is None:
+        return None
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ConfigError(f"{option}: {text!r} must be a number with B, MB, MiB, GB or GiB behind it, such as 2GiB")
