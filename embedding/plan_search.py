@@ -24,8 +24,8 @@ _BETTER = 0.999
 """A change must gain this much, or rounding would decide."""
 _ROUNDS = 3
 _NEAR_OPTIONS = 4
-_FAMILIES, _NEAR_PLANS = 4, 1.6
-"""So many plans at most are offered, each predicted to take at most so many times as long as the fastest."""
+_NEAR_PLANS = 2.0
+"""Plans of other families are offered where they are predicted to take at most so many times as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +58,12 @@ Options: TypeAlias = Sequence[Sequence[Option]]
 """Of each table."""
 
 
-def family_of(plan: Plan) -> tuple[AllToAll, bool, bool, bool]:
-    """What makes plans different in kind, so that the model may be wrong about one and right about the other."""
-    placements = plan.placements
-    return (
-        plan.all_to_all,
-        any(placement.threshold for placement in placements),
-        any(placement.deduplicate for placement in placements if placement.kind != "replicated"),
-        any(placement.pooled for placement in placements),
-    )
+def family_of(plan: Plan) -> tuple[AllToAll, bool]:
+    """The exchange, and whether rows are replicated: a model may be wrong about one of them and right about the other.
+
+    About placements of one family it errs alike.
+    """
+    return plan.all_to_all, any(placement.threshold for placement in plan.placements)
 
 
 class Search:
@@ -129,7 +126,7 @@ class Search:
         chosen = {family_of(best.plan): best for best in [self._improved(found[0][0], self.options, self._modes)]}
         for candidate, own in found:
             near = candidate.cost.total_s < _NEAR_PLANS * found[0][0].cost.total_s
-            if near and len(chosen) < _FAMILIES and family_of(candidate.plan) not in chosen:
+            if near and family_of(candidate.plan) not in chosen:
                 better = self._improved(candidate, own, (candidate.plan.all_to_all,))
                 chosen.setdefault(family_of(better.plan), better)
         return sorted(chosen.values(), key=lambda candidate: candidate.cost.total_s), seconds
