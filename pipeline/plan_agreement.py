@@ -113,6 +113,7 @@ def _first_batches(config: RunConfig, dataset: Dataset, comm: Comm) -> list[tupl
         window=config.data.shuffle_window,
         drop_last=False,
         prefetch=_TRIAL_BATCHES,
+        block=config.data.shuffle_block,
         stop_step=_TRIAL_BATCHES,
         epochs=1,
     ) as batches:
