@@ -174,6 +174,8 @@ class EvalConfig:
     """Split of the closing evaluation and the report; ``None`` or absent from the data: ``split``."""
     batch_size: PositiveInt = 16_384
     """Rows of a global evaluation batch."""
+    cache: bool = True
+    """Keep the split in memory after its first pass, where it takes no more than a quarter of what is free."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

@@ -1,22 +1,32 @@
-"""Scoring a split: the forward-only schedule, then exact metrics over all ranks."""
+"""Scoring a split: the forward-only schedule, then exact metrics over all ranks.
+
+The first pass keeps the split's batches in memory where they fit, so that later ones read no file. The metrics need
+nothing but the logits: ``BackgroundEvaluations`` computes them in a thread of its own, on a communicator of its own,
+beside the next training steps.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
+from embedding.comm import Comm
 from embedding.topology import share_of, start_of
 from pipeline.curves import Curves
 from pipeline.dataset import Split
 from pipeline.engine import Engine
 from pipeline.flight import Flight
-from pipeline.loader import Loader
+from pipeline.loader import LoadedBatch, Loader
 from pipeline.metrics import Metrics, evaluate_scores
-from pipeline.schedule import execute, ring_size
+from pipeline.schedule import Clock, execute, ring_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +38,19 @@ class Evaluation:
     curves: Curves
     seconds: float
     samples: int
+    scoring_seconds: float
+
+
+_SHARE_FOR_CACHE = 0.25
+"""Of the memory that is free, for all ranks of a machine together."""
 
 
 class Evaluator:
-    """Scores one split as often as asked; its buffers are allocated once."""
+    """Scores one split as often as asked; its buffers are allocated once.
+
+    Attributes:
+        cached: this rank's batches, kept by the first pass; ``None`` before it, or where they do not fit.
+    """
 
     def __init__(self, engine: Engine, split: Split, name: str) -> None:
         """Allocate the ring of Flights for batches of ``eval.batch_size``."""
@@ -49,14 +68,50 @@ class Evaluator:
         rows = sum(self._share(start) for start in range(0, split.rows, self.batch_size))
         self._logits = np.empty(rows, engine.model.dtype)
         self._labels = np.empty(rows, engine.model.dtype)
+        self.cached: list[LoadedBatch] | None = None
+        self._keeps: bool | None = None
+        self._forward_seconds = 0.0
 
     def _share(self, start: int) -> int:
         comm = self.engine.comm
         return share_of(min(self.batch_size, self.split.rows - start), comm.size, comm.rank)
 
-    def run(self) -> Evaluation:
+    def run(self, *, clock: Clock | None = None) -> Evaluation:
         """Score the split and compute its metrics (collective)."""
+        self.forward(clock=clock)
+        return self.score(self.engine.comm)
+
+    def forward(self, *, clock: Clock | None = None) -> None:
+        """Compute the logits of the whole split (collective)."""
         start = time.perf_counter()
+        engine = self.engine
+        at = 0
+        with ExitStack() as stack:
+            for flight in execute(
+                engine.eval_schedule.rows,
+                stages=engine.stages,
+                ring=self._ring,
+                batches=self._batches(stack),
+                device=engine.device,
+                clock=clock,
+            ):
+                here = slice(at, at + flight.rows)
+                engine.device.download(flight.workspace.logits[: flight.rows], self._logits[here])
+                engine.device.download(flight.labels[: flight.rows], self._labels[here])
+                at += flight.rows
+        self._forward_seconds = time.perf_counter() - start
+
+    def score(self, comm: Comm) -> Evaluation:
+        """Metrics of the last ``forward`` (collective over ``comm``, all ranks); needs nothing of the model."""
+        start = time.perf_counter()
+        metrics, curves = evaluate_scores(self._logits, self._labels, comm)
+        scoring = time.perf_counter() - start
+        return Evaluation(self.name, metrics, curves, self._forward_seconds + scoring, self.split.rows, scoring)
+
+    def _batches(self, stack: ExitStack) -> Iterator[LoadedBatch]:
+        """This rank's batches, from memory once a pass has kept them."""
+        if self.cached is not None:
+            return iter(self.cached)
         engine = self.engine
         loader = Loader(
             self.split,
@@ -71,21 +126,24 @@ class Evaluator:
             readers=engine.config.data.readers,
             epochs=1,
         )
-        at = 0
-        with loader:
-            for flight in execute(
-                engine.eval_schedule.rows,
-                stages=engine.stages,
-                ring=self._ring,
-                batches=iter(loader),
-                device=engine.device,
-            ):
-                here = slice(at, at + flight.rows)
-                engine.device.download(flight.workspace.logits[: flight.rows], self._logits[here])
-                engine.device.download(flight.labels[: flight.rows], self._labels[here])
-                at += flight.rows
-        metrics, curves = evaluate_scores(self._logits, self._labels, engine.comm)
-        return Evaluation(self.name, metrics, curves, time.perf_counter() - start, self.split.rows)
+        stack.enter_context(loader)
+        return self._keeping(loader)
+
+    def _keeping(self, loader: Iterable[LoadedBatch]) -> Iterator[LoadedBatch]:
+        kept: list[LoadedBatch] = []
+        count = -(-self.split.rows // self.batch_size)
+        for batch in loader:
+            if self._keeps is None:
+                self._keeps = self.engine.config.eval.cache and self._fits(count * batch.host.nbytes)
+            if self._keeps:
+                kept.append(batch)
+            yield batch
+        if self._keeps and len(kept) == count:
+            self.cached = kept
+
+    def _fits(self, size: int) -> bool:
+        free = psutil.virtual_memory().available
+        return size * self.engine.topology.local_size <= _SHARE_FOR_CACHE * free
 
     def write_scores(self, path: Path) -> None:
         """Write the last run's predicted probabilities [rows] as .npy, in row order (collective)."""
@@ -105,6 +163,63 @@ class Evaluator:
                 at += count
             scores.flush()
         comm.barrier()
+
+
+class BackgroundEvaluations:
+    """The evaluations of a run, one at a time; all methods are collective but ``done`` and ``close``."""
+
+    def __init__(self, engine: Engine, on_end: Callable[[Evaluation, int], None]) -> None:
+        """Allocate nothing yet.
+
+        Args:
+            engine: what is evaluated.
+            on_end: told of every evaluation and its step, by the thread that ends it.
+        """
+        self._engine = engine
+        self._comm = engine.comm.split(0, engine.comm.rank)
+        self._on_end = on_end
+        self._evaluators: dict[str, Evaluator] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="scoring")
+        self._scoring: Future[Evaluation] | None = None
+        self._step = 0
+
+    def start(self, split: str, step: int, *, clock: Clock | None = None) -> None:
+        """Compute the logits now, and the metrics behind the caller's back."""
+        self.end()
+        if split not in self._evaluators:
+            self._evaluators[split] = Evaluator(self._engine, self._engine.dataset.split(split), split)
+        evaluator = self._evaluators[split]
+        evaluator.forward(clock=clock)
+        self._step = step
+        self._scoring = self._pool.submit(evaluator.score, self._comm)
+
+    def run(self, split: str, step: int, *, clock: Clock | None = None) -> Evaluation:
+        """Evaluate, and wait for the result."""
+        self.start(split, step, clock=clock)
+        evaluation = self.end()
+        assert evaluation is not None
+        return evaluation
+
+    def done(self) -> bool:
+        """Whether the metrics of the evaluation under way are there; ``False`` where none is."""
+        return self._scoring is not None and self._scoring.done()
+
+    def end(self) -> Evaluation | None:
+        """Wait for the evaluation under way.
+
+        Raises:
+            DataError: a score is not a number.
+        """
+        if self._scoring is None:
+            return None
+        scoring, self._scoring = self._scoring, None
+        evaluation = scoring.result()
+        self._on_end(evaluation, self._step)
+        return evaluation
+
+    def close(self) -> None:
+        """End the thread once it is idle; waits for nobody."""
+        self._pool.shutdown(wait=False)
 
 
 def evaluate(engine: Engine, *, split: str | None = None, scores: Path | None = None) -> Evaluation:

@@ -33,6 +33,12 @@ class HostBatch:
     keys: Jagged
     num_rows: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        arrays = (self.labels, self.dense, self.keys.keys, self.keys.offsets, self.keys.weights)
+        return sum(array.nbytes for array in arrays if array is not None)
+
 
 class MappedFile:
     """A file mapped read-only into memory; pages are read from disk as they are touched.
