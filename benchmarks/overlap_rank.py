@@ -75,8 +75,9 @@ def evaluations(engine: Engine, names: list[str], options: argparse.Namespace) -
             bits.add(json.dumps(evaluation.metrics.to_values(), sort_keys=True))
             if turn:  # the first turn warms up
                 seconds[name].append(took)
-    batches = options.pairs * -(-engine.dataset.split("test").rows // options.batch)
-    return {"seconds": seconds, "stages_ms": clock.take_ms(batches), "equal": len(bits) == 1, "bits": list(bits)}
+    batches = -(-engine.dataset.split("test").rows // options.batch)
+    stages_ms = clock.take_ms(options.pairs * batches)
+    return {"seconds": seconds, "stages_ms": stages_ms, "equal": len(bits) == 1, "batches": batches}
 
 
 def trainings(engine: Engine, names: list[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def trainings(engine: Engine, names: list[str], options: argparse.Namespace) -> 
         "seconds": seconds,
         "stages_ms": clock.take_ms(options.pairs * STEPS),
         "equal": bool(everywhere[0]),
-        "steps": STEPS,
+        "batches": STEPS,
     }
 
 

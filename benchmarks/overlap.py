@@ -1,0 +1,126 @@
+"""What running the two lanes beside each other gains on CPUs: one rank, and two hosts on a slow link.
+
+    python benchmarks/overlap.py [--rate 100mbit] [--pairs 10]
+
+One rank on this machine's cores: the default setting (which picks the sequential schedule where it predicts no gain)
+against no overlap. Two hosts (``tests/hosts/virtual_hosts.py``, which needs root), a rank and one thread each, their
+cards shaped to ``--rate``: overlapped against sequential. Runs take turns; medians, their ratio, the lanes in
+milliseconds a batch, and the overlap ratio (time saved / shorter lane) are printed. ``--trace FOLDER`` keeps Chrome
+traces of overlapped runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests" / "hosts"))
+
+from virtual_hosts import VirtualHosts, why_not  # noqa: E402
+
+from pipeline.trace import DENSE_LANE, EMBEDDING_LANE  # noqa: E402
+from pipeline.writer import DatasetWriter, TableInfo  # noqa: E402
+
+NUM_TABLES, TABLE_ROWS, NUM_DENSE = 26, 20_000, 13
+
+
+def write_data(folder: Path, train: int, test: int) -> None:
+    """Random rows, one key a table."""
+    rng = np.random.default_rng(0)
+    tables = [TableInfo(name=f"C{i + 1}", rows=TABLE_ROWS) for i in range(NUM_TABLES)]
+    names = [f"I{i + 1}" for i in range(NUM_DENSE)]
+    with DatasetWriter(folder, name="overlap", dense_names=names, tables=tables) as writer:
+        for split, rows in (("train", train), ("test", test)):
+            keys = rng.integers(0, TABLE_ROWS, (rows, NUM_TABLES)).astype(np.int32)
+            dense = rng.normal(size=(rows, NUM_DENSE)).astype(np.float32)
+            writer.write(split, rng.integers(0, 2, rows), dense, keys)
+        writer.finish()
+
+
+def show(title: str, result: dict[str, Any], base: str, other: str) -> None:
+    """Print one comparison."""
+    seconds = result["seconds"]
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    ratios = [left / right for left, right in zip(seconds[base], seconds[other], strict=True)]
+    lanes = {
+        name: sum(ms for stage, ms in result["stages_ms"].items() if stage in stages)
+        for name, stages in (("dense", DENSE_LANE), ("embedding", EMBEDDING_LANE))
+    }
+    per_batch = 1e3 * (medians[base] - medians[other]) / result["batches"]
+    print(
+        f"{title}: {base} {medians[base]:.3f} s, {other} {medians[other]:.3f} s: {medians[base] / medians[other]:.3f} x"
+        f" (pairs {min(ratios):.3f} to {max(ratios):.3f}); lanes alone: dense {lanes['dense']:.1f} ms, embedding "
+        f"{lanes['embedding']:.1f} ms a batch; saved {per_batch:.1f} ms, overlap ratio "
+        f"{per_batch / min(lanes.values()):.2f}; same bits: {'yes' if result['equal'] else 'NO'}"
+    )
+    print(f"  default would choose: {json.dumps(result['default'])}")
+    print(f"  stages, ms a batch: { {stage: round(ms, 1) for stage, ms in result['stages_ms'].items()} }")
+
+
+def main() -> int:
+    """Run the comparisons that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rate", default="100mbit", help="of each host's card (tc's words)")
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--only", choices=("rank", "hosts"))
+    parser.add_argument("--what", nargs="+", choices=("eval", "train"), default=["eval", "train"])
+    parser.add_argument("--batch", type=int, default=4096, help="rows of a global batch")
+    parser.add_argument("--dim", type=int, default=16)
+    parser.add_argument("--bottom", type=int, nargs="+", default=[256, 64])
+    parser.add_argument("--top", type=int, nargs="+", default=[512, 256])
+    parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--trace", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        write_data(data, 6 * options.batch, 10 * options.batch)
+        program = [sys.executable, "-m", "mpi4py", str(ROOT / "benchmarks" / "overlap_rank.py"), str(data)]
+        shape = ["--batch", options.batch, "--dim", options.dim, "--depth", options.depth, "--pairs", options.pairs]
+        program += [*map(str, shape), "--bottom", *map(str, options.bottom), "--top", *map(str, options.top)]
+        program += ["--what", *options.what, *(["--trace"] if options.trace else [])]
+        if options.only != "hosts":
+            done = subprocess.run(
+                [program[0], *program[3:], "--names", "sequential", "default"],
+                env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            report(done, "one rank", "default", options)
+        if options.only != "rank":
+            if reason := why_not():
+                print(f"two hosts: not measured ({reason})")
+                return 0
+            with VirtualHosts(2) as hosts:
+                hosts.shape(options.rate)
+                done = hosts.run([1, 1], program, timeout=540, PYTHONPATH=str(ROOT), CROSSLANE_THREADS="1")
+                report(done, f"two hosts, {options.rate}", "overlapped", options)
+    return 0
+
+
+def report(
+    done: subprocess.CompletedProcess[str], title: str, other: str, options: argparse.Namespace
+) -> None:
+    """Print what a run gave, and keep its traces."""
+    if done.returncode:
+        sys.exit(f"{title}: exit code {done.returncode}\n{done.stderr}")
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    for what in options.what:
+        show(f"{title}, {result['threads']} threads a rank, {what}", result[what], "sequential", other)
+        if options.trace:
+            options.trace.mkdir(parents=True, exist_ok=True)
+            path = options.trace / f"{what}-{result['ranks']}.json"
+            path.write_text(json.dumps(result[what]["trace"]))
+            print(f"  trace {path}: overlap ratio {result[what]['trace']['otherData']['overlap_ratio']:.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
