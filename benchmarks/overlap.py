@@ -106,9 +106,7 @@ def main() -> int:
     return 0
 
 
-def report(
-    done: subprocess.CompletedProcess[str], title: str, other: str, options: argparse.Namespace
-) -> None:
+def report(done: subprocess.CompletedProcess[str], title: str, other: str, options: argparse.Namespace) -> None:
     """Print what a run gave, and keep its traces."""
     if done.returncode:
         sys.exit(f"{title}: exit code {done.returncode}\n{done.stderr}")

@@ -135,9 +135,7 @@ def steps(
 ) -> None:
     """Train on every batch once."""
     fresh: Iterator[LoadedBatch] = (replace(batch) for batch in batches)
-    for _ in execute(
-        schedule.rows, stages=engine.stages, ring=ring, batches=fresh, device=engine.device, clock=clock
-    ):
+    for _ in execute(schedule.rows, stages=engine.stages, ring=ring, batches=fresh, device=engine.device, clock=clock):
         continue
 
 

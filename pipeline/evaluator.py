@@ -31,7 +31,12 @@ from pipeline.schedule import Clock, execute, ring_size
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What one pass over a split gave."""
+    """What one pass over a split gave.
+
+    Attributes:
+        seconds: of the pass and of the scoring.
+        scoring_seconds: of sorting the scores and of the metrics, which may lie beside training steps.
+    """
 
     split: str
     metrics: Metrics
@@ -39,6 +44,16 @@ class Evaluation:
     seconds: float
     samples: int
     scoring_seconds: float
+
+    def to_values(self) -> dict[str, Any]:
+        """As JSON values, for a progress record."""
+        return {
+            "split": self.split,
+            "seconds": self.seconds,
+            "scoring_seconds": self.scoring_seconds,
+            "samples": self.samples,
+            "metrics": self.metrics.to_values(),
+        }
 
 
 _SHARE_FOR_CACHE = 0.25

@@ -9,7 +9,8 @@ Every line of ``progress.jsonl`` is one object with ``type`` and ``time`` (secon
 ``step``   ``step``, ``epoch``, ``samples``, ``samples_per_s`` (since the last record, without a
            process's first step, which may compile; ``null`` if that was the only one), ``loss``
            (mean over the global batch of this step), ``lr``, ``stages_ms`` (mean per step by stage)
-``eval``   ``step``, ``split``, ``seconds``, ``samples``, ``metrics`` (see ``pipeline.metrics.Metrics``)
+``eval``   ``step``, ``split``, ``seconds``, ``scoring_seconds`` (part of them), ``samples``,
+           ``metrics`` (see ``pipeline.metrics.Metrics``)
 ``save``   a checkpoint is complete: ``step``, ``path``, ``base`` (of an increment, its name),
            ``stall_s`` (the training stood still), ``write_s`` (rank 0 took to write), ``bytes``
 ``end``    ``step``, ``reason`` (``finished``, ``target``, ``early_stop``, ``stopped``), ``seconds``

@@ -88,8 +88,7 @@ def gather_runs(timeline: Timeline, comm: Comm, zero: float) -> list[list[Run]]:
     own = [(run.stage, run.stream, run.number, run.start - zero, run.end - zero) for run in timeline.runs]
     parts = all_gather_bytes(comm, json.dumps(own).encode())
     return [
-        sorted((Run(S(stage), *rest) for stage, *rest in json.loads(part)), key=lambda run: run.start)
-        for part in parts
+        sorted((Run(S(stage), *rest) for stage, *rest in json.loads(part)), key=lambda run: run.start) for part in parts
     ]
 
 

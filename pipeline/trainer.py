@@ -20,7 +20,7 @@ from pipeline import stop
 from pipeline.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
 from pipeline.checkpoint_async import Saved
 from pipeline.engine import Engine, build_engine
-from pipeline.evaluator import Evaluation, Evaluator, final_split
+from pipeline.evaluator import BackgroundEvaluations, Evaluation, final_split
 from pipeline.flight import Flight
 from pipeline.loader import Loader, steps_per_epoch
 from pipeline.progress import ProgressWriter
@@ -90,9 +90,9 @@ class Trainer:
         self.steps = self._planned_steps()
         self.course = _Course()
         self._clock = StageClock()
-        self._control = np.zeros(2)
+        self._control = np.zeros(3)
         self._warm = False
-        self._evaluators: dict[str, Evaluator] = {}
+        self._evaluations = BackgroundEvaluations(self.engine, self._note_evaluation)
         self._decides = config.train.target or config.train.early_stop
         if self._decides:
             self.engine.dataset.split(config.eval.split)  # refuses a missing split before the first step
@@ -129,6 +129,7 @@ class Trainer:
                 reason = self.course.ended or self._steps()
                 return self._finish(reason)
         finally:
+            self._evaluations.close()
             self._progress.close()
 
     def _note_lost(self, sentence: str) -> None:
@@ -230,7 +231,9 @@ class Trainer:
             self._warm = True
             self._cold_seconds = time.perf_counter() - self._window_start
             self._cold_samples = flight.global_rows
-        loss, stopping = self._agree(flight.loss)
+        loss, stopping, scored = self._agree(flight.loss)
+        if scored:
+            self._evaluations.end()
         if not math.isfinite(loss):
             raise CrosslaneError(
                 f"loss is {loss} at step {step}; lower optimizer.lr (now {self.config.optimizer.lr}) or lengthen "
@@ -243,7 +246,10 @@ class Trainer:
             return "stopped"
         if self._evaluation_due():
             with self._pause():
-                if reason := self._judge(self._evaluate(self.config.eval.split)):
+                if self._decides is None:  # nothing waits for the metrics: they come behind the next steps
+                    course.evaluated_step = step
+                    self._evaluations.start(self.config.eval.split, step)
+                elif reason := self._judge(self._evaluate(self.config.eval.split)):
                     return reason
         if train.checkpoint_every and step % train.checkpoint_every == 0 and not last:
             with self._pause():
@@ -256,11 +262,11 @@ class Trainer:
             return False
         return step != self.steps or self._decides is not None  # else the closing evaluation follows at once
 
-    def _agree(self, loss: float) -> tuple[float, bool]:
-        """Sum of the ranks' losses, and whether any rank was asked to stop: one small all-reduce a step."""
-        self._control[:] = loss, stop.requested()
+    def _agree(self, loss: float) -> tuple[float, bool, bool]:
+        """Sum of the losses, whether any rank was asked to stop, whether all have scored: one all-reduce a step."""
+        self._control[:] = loss, stop.requested(), self._evaluations.done()
         self.comm.all_reduce(self._control).wait()
-        return float(self._control[0]), bool(self._control[1])
+        return float(self._control[0]), bool(self._control[1]), self._control[2] == self.comm.size
 
     def _reset_window(self) -> None:
         self._window_start = time.perf_counter()
@@ -296,18 +302,10 @@ class Trainer:
         self._reset_window()
 
     def _evaluate(self, split: str) -> Evaluation:
-        if split not in self._evaluators:
-            self._evaluators[split] = Evaluator(self.engine, self.engine.dataset.split(split), split)
-        evaluation = self._evaluators[split].run()
-        self._progress.write(
-            "eval",
-            step=self.course.step,
-            split=split,
-            seconds=evaluation.seconds,
-            samples=evaluation.samples,
-            metrics=evaluation.metrics.to_values(),
-        )
-        return evaluation
+        return self._evaluations.run(split, self.course.step)
+
+    def _note_evaluation(self, evaluation: Evaluation, step: int) -> None:
+        self._progress.write("eval", step=step, **evaluation.to_values())
 
     def _judge(self, evaluation: Evaluation) -> Reason | None:
         """Apply the stopping rules to an evaluation; keeps the best weights for early stopping."""
@@ -330,6 +328,7 @@ class Trainer:
         return None
 
     def _save(self, name: str | None = None) -> Path:
+        self._evaluations.end()  # a resumed run does not evaluate this step again
         self.course.seconds = time.perf_counter() - self._began
         meta = {
             "config": to_values(self.config),
