@@ -17,14 +17,7 @@ def num_chunks(rows: int) -> int:
     return -(-rows // ROWS_PER_CHUNK)
 
 
-def linear_relu_forward(
-    x: Array,
-    weight: Array,
-    bias: Array,
-    out: Array,
-    mask: Array | None,  # noqa: ARG001  a GPU writes it
-    device: Device,
-) -> None:
+def linear_relu_forward(x: Array, weight: Array, bias: Array, out: Array, mask: Array | None, device: Device) -> None:
     """``out[:, :O] = max(x W^T + bias, 0)``.
 
     Args:
@@ -35,6 +28,9 @@ def linear_relu_forward(
         mask: what ``device.relu_mask`` gave for ``out``; written.
         device: runs it.
     """
+    if kernel := device.kernel(__name__, "linear_relu_forward"):
+        kernel(x, weight, bias, out, mask)
+        return
     device.xp.matmul(x, weight.T, out=out[:, : len(weight)])
     (device.kernel(__name__, "bias_relu") or bias_relu)(out, bias)
 
@@ -56,7 +52,7 @@ def linear_data_backward(
     grad: Array,
     weight: Array,
     below: Array,
-    mask: Array | None,  # noqa: ARG001  a GPU reads it
+    mask: Array | None,
     grad_below: Array,
     grad_bias: Array,
     partials: Array | None,
@@ -74,6 +70,9 @@ def linear_data_backward(
         partials: scratch, as for ``relu_backward``.
         device: runs it.
     """
+    if kernel := device.kernel(__name__, "linear_data_backward"):
+        kernel(grad, weight, below, mask, grad_below)
+        return
     device.xp.matmul(grad[:, : len(weight)], weight, out=grad_below)
     relu_backward(grad_below, below, grad_bias, partials, device)
 
@@ -87,16 +86,13 @@ def linear_input_backward(grad: Array, weight: Array, grad_x: Array, device: Dev
         grad_x: [B, I], written.
         device: runs it.
     """
+    if kernel := device.kernel(__name__, "linear_input_backward"):
+        kernel(grad, weight, grad_x)
+        return
     device.xp.matmul(grad[:, : len(weight)], weight, out=grad_x)
 
 
-def linear_weight_backward(
-    grad: Array,
-    x: Array,
-    grad_weight: Array,
-    grad_bias: Array,  # noqa: ARG001  a GPU writes it
-    device: Device,
-) -> None:
+def linear_weight_backward(grad: Array, x: Array, grad_weight: Array, grad_bias: Array, device: Device) -> None:
     """``grad_weight = grad^T x``.
 
     Args:
@@ -107,6 +103,9 @@ def linear_weight_backward(
         device: runs it.
     """
     outputs, inputs = grad_weight.shape
+    if kernel := device.kernel(__name__, "linear_weight_backward"):
+        kernel(grad, x, grad_weight, grad_bias)
+        return
     device.xp.matmul(grad[:, :outputs].T, x[:, :inputs], out=grad_weight)
 
 
@@ -120,6 +119,9 @@ def logit_forward(x: Array, weight: Array, bias: Array, out: Array, device: Devi
         out: [B], written.
         device: runs it.
     """
+    if kernel := device.kernel(__name__, "logit_forward"):
+        kernel(x, weight, bias, out)
+        return
     device.xp.matmul(x, weight[0], out=out)
     out += bias
 
@@ -138,6 +140,9 @@ def logit_backward(
         grad_x: [B, I], written.
         device: runs it.
     """
+    if kernel := device.kernel(__name__, "logit_backward"):
+        kernel(grad, x, weight, grad_weight, grad_bias, grad_x)
+        return
     device.xp.matmul(grad, x, out=grad_weight[0])
     grad_bias[0] = grad.sum()
     (device.kernel(__name__, "outer") or outer)(grad, weight[0], grad_x)
