@@ -1,0 +1,346 @@
+"""The operations of ``gemm.py`` on a GPU: products by cublasLt with fused epilogues, small passes by own kernels.
+
+Of a ReLU layer's backward pass several forms are timed at its first two uses, and the fastest pair stays:
+
+- data: the product with the mask in its epilogue (``DRELU``), with mask and bias sum (``DRELU_BGRAD``), or plain
+  with a pass of its own behind it (the mask alone, or mask and bias sum);
+- weights: the plain product, or with the bias sum in its epilogue (``BGRADB``) where the data product left it out.
+
+Shapes as in ``gemm.py``; bias gradients are float32 beside half-precision activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cupy
+import numpy as np
+
+from dlrm.cublaslt import Plan, Product, milliseconds, plan
+from dlrm.device import Array
+from dlrm.nvrtc import c_type, load
+
+_SOURCE = Path(__file__).with_name("gemm.cu")
+_THREADS = 256
+_ROWS_PER_BLOCK = 64
+
+
+@dataclass(slots=True)
+class _Choice:
+    """How one layer's backward pass goes; keyed by its bias gradient.
+
+    Attributes:
+        data_ms: time of each form of the data product, by its name.
+        data: the form in use.
+        bias_done: whether the data product also sums the bias gradient.
+        settled: whether the weight product has been timed too.
+    """
+
+    data_ms: dict[str, float] = field(default_factory=dict)
+    data: str = "DRELU"
+    bias_done: bool = False
+    settled: bool = False
+
+
+_choices: dict[int, _Choice] = {}
+_masked: set[int] = set()
+"""Masks that ``linear_relu_forward`` writes, by address; others have to be made from the activation."""
+
+
+def linear_relu_forward(x: Array, weight: Array, bias: Array, out: Array, mask: Array | None) -> None:
+    """See ``gemm.linear_relu_forward``."""
+    if not len(x):
+        return
+    with_mask = mask is not None
+    epilogue, aux_ld = ("RELU_AUX_BIAS", mask.shape[1] * 8) if mask is not None else ("RELU_BIAS", 0)
+    product = _forward(x, weight, out, epilogue, aux_ld)
+    fused = plan(product, _timer(lambda chosen: chosen.run(weight, x, out, bias=bias, mask=mask)))
+    if fused is not None:
+        fused.run(weight, x, out, bias=bias, mask=mask)
+        if with_mask:
+            _masked.add(mask.data.ptr)
+        return
+    plain = _required(_forward(x, weight, out, "DEFAULT", 0), lambda chosen: chosen.run(weight, x, out))
+    plain.run(weight, x, out)
+    bias_relu(out, bias)
+
+
+def linear_data_backward(
+    grad: Array,
+    weight: Array,
+    below: Array,
+    mask: Array | None,
+    grad_below: Array,
+    grad_bias: Array,
+    partials: Array | None,
+) -> None:
+    """See ``gemm.linear_data_backward``."""
+    if not len(grad):
+        grad_bias.fill(0)
+        return
+    forms = _data_forms(grad, weight, below, mask, grad_below, grad_bias, partials)
+    choice = _choices.get(grad_bias.data.ptr)
+    if choice is None:
+        choice = _Choice()
+        if not _capturing():
+            choice.data_ms = {name: milliseconds(form) for name, form in forms.items()}
+            choice.data = min(_WITHOUT_BIAS & set(forms), key=choice.data_ms.__getitem__)
+            _choices[grad_bias.data.ptr] = choice
+    if choice.data not in forms:  # a batch of another size, for which cublasLt has no such epilogue
+        choice = _Choice(data="mask", bias_done=False, settled=True)
+    forms[choice.data]()
+
+
+def relu_input_backward(grad: Array, weight: Array, grad_x: Array) -> None:
+    """``grad_x = grad W``."""
+    product = _data(grad, weight, grad_x, "DEFAULT", 0)
+    _required(product, lambda chosen: chosen.run(weight, grad, grad_x)).run(weight, grad, grad_x)
+
+
+def linear_input_backward(grad: Array, weight: Array, grad_x: Array) -> None:
+    """See ``gemm.linear_input_backward``."""
+    if len(grad):
+        relu_input_backward(grad, weight, grad_x)
+
+
+def linear_weight_backward(grad: Array, x: Array, grad_weight: Array, grad_bias: Array) -> None:
+    """See ``gemm.linear_weight_backward``."""
+    if not len(grad):
+        grad_weight.fill(0)
+        grad_bias.fill(0)
+        return
+    choice = _choices.get(grad_bias.data.ptr)
+    if choice is not None and not choice.settled and not _capturing():
+        with_bias = _weight_form(grad, x, grad_weight, grad_bias, sums_bias=True)
+        without = _weight_form(grad, x, grad_weight, grad_bias, sums_bias=False)
+        extra = milliseconds(with_bias) - milliseconds(without)
+        times = {name: ms + (0 if name in _WITH_BIAS else extra) for name, ms in choice.data_ms.items()}
+        best = min(times, key=times.__getitem__)
+        choice.settled = True
+        with_bias()  # this step's data product left the sum out
+        choice.data, choice.bias_done = best, best in _WITH_BIAS
+        return
+    _weight_form(grad, x, grad_weight, grad_bias, sums_bias=choice is None or not choice.bias_done)()
+
+
+_WITHOUT_BIAS = {"DRELU", "mask"}
+_WITH_BIAS = {"DRELU_BGRAD", "mask_and_sum"}
+
+
+def _data_forms(
+    grad: Array,
+    weight: Array,
+    below: Array,
+    mask: Array | None,
+    grad_below: Array,
+    grad_bias: Array,
+    partials: Array | None,
+) -> dict[str, Callable[[], None]]:
+    """What can be done here, by name."""
+    forms: dict[str, Callable[[], None]] = {}
+    if mask is not None and mask.data.ptr in _masked:
+        for epilogue in ("DRELU", "DRELU_BGRAD"):
+            product = _data(grad, weight, grad_below, epilogue, mask.shape[1] * 8)
+            bias = _bias_like(grad_bias, grad_below) if epilogue == "DRELU_BGRAD" else None
+
+            def fused(chosen: Plan, bias: Array | None = bias) -> None:
+                chosen.run(weight, grad, grad_below, bias=bias, mask=mask)
+
+            found = plan(product, _timer(fused))
+            if found is not None:
+
+                def run(found: Plan = found, bias: Array | None = bias) -> None:
+                    found.run(weight, grad, grad_below, bias=bias, mask=mask)
+                    if bias is not None and bias is not grad_bias:
+                        grad_bias[...] = bias
+
+                forms[epilogue] = run
+
+    def masked() -> None:
+        relu_input_backward(grad, weight, grad_below)
+        relu_mask(grad_below, below, len(grad_bias))
+
+    def masked_and_summed() -> None:
+        relu_input_backward(grad, weight, grad_below)
+        sum_masked(grad_below, below, grad_bias, partials)
+
+    forms["mask"] = masked
+    if partials is not None:
+        forms["mask_and_sum"] = masked_and_summed
+    return forms
+
+
+def _weight_form(grad: Array, x: Array, grad_weight: Array, grad_bias: Array, *, sums_bias: bool) -> Callable[[], None]:
+    outputs, inputs = grad_weight.shape
+    product = Product(
+        m=inputs, n=outputs, k=len(grad), transposed_a=False, transposed_b=True, lda=_ld(x), ldb=_ld(grad),
+        ldd=_ld(grad_weight), dtype=x.dtype.name, out_dtype=grad_weight.dtype.name,
+        epilogue="BGRADB" if sums_bias else "DEFAULT",
+    )  # fmt: skip
+    bias = grad_bias if sums_bias else None
+
+    def issue(chosen: Plan) -> None:
+        chosen.run(x, grad, grad_weight, bias=bias)
+
+    found = plan(product, _timer(issue))
+    if found is not None:
+        return lambda: issue(found)
+    plain = _weight_form(grad, x, grad_weight, grad_bias, sums_bias=False) if sums_bias else None
+    if plain is None:
+        raise _impossible(product)
+
+    def apart() -> None:
+        plain()
+        column_sums(grad, grad_bias)
+
+    return apart
+
+
+def mask_and_sum(grad: Array, activation: Array, grad_bias: Array, partials: Array | None) -> None:  # noqa: ARG001
+    """See ``gemm.mask_and_sum``; the bias gradient is left to ``linear_weight_backward``."""
+    _choices.setdefault(grad_bias.data.ptr, _Choice(settled=True))
+    relu_mask(grad, activation, len(grad_bias))
+
+
+def relu_mask(grad: Array, activation: Array, columns: int) -> None:
+    """``grad[:, :columns][activation <= 0] = 0``."""
+    rows = len(grad)
+    kernel = load(_SOURCE, "relu_mask", (("T", c_type(grad)),))
+    kernel(
+        min(_blocks(rows * columns, 8 * _THREADS), 132 * 16), _THREADS, grad, np.int64(_ld(grad)), activation,
+        np.int64(_ld(activation)), np.int64(rows), np.int32(columns),
+    )  # fmt: skip
+
+
+def bias_relu(wide: Array, bias: Array) -> None:
+    """See ``gemm.bias_relu``."""
+    kernel = load(_SOURCE, "bias_relu", (("T", c_type(wide)),))
+    total = len(wide) * len(bias)
+    kernel(_blocks(total, _THREADS), _THREADS, wide, np.int64(_ld(wide)), bias, np.int64(len(wide)), np.int32(len(bias)))
+
+
+def sum_masked(grad: Array, activation: Array, grad_bias: Array, partials: Array) -> None:
+    """``relu_mask``, and the sum of what is left over the rows; partials [num_chunks(B) * O or more] float32."""
+    _sum_columns(grad, activation, grad_bias, partials)
+
+
+def column_sums(grad: Array, grad_bias: Array) -> None:
+    """``grad_bias = grad[:, :O].sum(0)``, in a fixed order."""
+    _sum_columns(grad, None, grad_bias, cupy.empty(_blocks(len(grad), _ROWS_PER_BLOCK) * len(grad_bias), np.float32))
+
+
+def _sum_columns(grad: Array, activation: Array | None, grad_bias: Array, partials: Array) -> None:
+    rows, columns = len(grad), len(grad_bias)
+    types = (("T", c_type(grad)), ("S", c_type(partials)), ("MASKED", int(activation is not None)))
+    chunks = _blocks(rows, _ROWS_PER_BLOCK)
+    other = grad if activation is None else activation
+    load(_SOURCE, "sum_chunks", types)(
+        chunks, _THREADS, grad, np.int64(_ld(grad)), other, np.int64(_ld(other)), np.int64(rows), np.int32(columns),
+        partials,
+    )  # fmt: skip
+    load(_SOURCE, "sum_partials", types)(
+        _blocks(columns, 32), 32 * 8, partials, np.int32(chunks), np.int32(columns), grad_bias
+    )
+
+
+def logit_forward(x: Array, weight: Array, bias: Array, out: Array) -> None:
+    """See ``gemm.logit_forward``."""
+    kernel = load(_SOURCE, "logit_forward", (("T", c_type(x)),))
+    kernel(
+        _blocks(len(x), _THREADS // 32), _THREADS, x, np.int64(_ld(x)), weight, bias, np.int64(len(x)),
+        np.int32(weight.shape[1]), out,
+    )  # fmt: skip
+
+
+def logit_backward(
+    grad: Array, x: Array, weight: Array, grad_weight: Array, grad_bias: Array, grad_x: Array
+) -> None:
+    """See ``gemm.logit_backward``."""
+    rows, inputs = len(grad), weight.shape[1]
+    types = (("T", c_type(x)),)
+    load(_SOURCE, "outer", types)(
+        min(_blocks(rows * inputs, 4 * _THREADS), 132 * 16), _THREADS, grad, weight, np.int64(rows), np.int32(inputs),
+        grad_x, np.int64(_ld(grad_x)),
+    )  # fmt: skip
+    grad_weight.fill(0) if not rows else None
+    chunks = min(_LOGIT_CHUNKS, max(1, rows))
+    partials = _logit_partials(inputs, grad.data.device.id)
+    load(_SOURCE, "logit_weight_chunks", types)(
+        chunks, _THREADS, grad, x, np.int64(_ld(x)), np.int64(rows), np.int32(inputs), partials
+    )
+    load(_SOURCE, "logit_weight_sum", (("G", c_type(grad_weight)),))(
+        _blocks(inputs + 1, _THREADS), _THREADS, partials, np.int32(chunks), np.int32(inputs), grad_weight, grad_bias
+    )
+
+
+_LOGIT_CHUNKS = 264
+_partials: dict[tuple[int, int], Array] = {}
+
+
+def _logit_partials(inputs: int, device: int) -> Array:
+    key = (inputs, device)
+    if key not in _partials:
+        _partials[key] = cupy.empty((_LOGIT_CHUNKS, inputs + 1), np.float64)
+    return _partials[key]
+
+
+def _forward(x: Array, weight: Array, out: Array, epilogue: str, aux_ld: int) -> Product:
+    outputs, inputs = weight.shape
+    return Product(
+        m=outputs, n=len(x), k=inputs, transposed_a=True, transposed_b=False, lda=_ld(weight), ldb=_ld(x),
+        ldd=_ld(out), dtype=x.dtype.name, out_dtype=out.dtype.name, epilogue=epilogue, aux_ld=aux_ld,
+    )  # fmt: skip
+
+
+def _data(grad: Array, weight: Array, grad_below: Array, epilogue: str, aux_ld: int) -> Product:
+    outputs, inputs = weight.shape
+    return Product(
+        m=inputs, n=len(grad), k=outputs, transposed_a=False, transposed_b=False, lda=_ld(weight), ldb=_ld(grad),
+        ldd=_ld(grad_below), dtype=grad.dtype.name, out_dtype=grad_below.dtype.name, epilogue=epilogue, aux_ld=aux_ld,
+    )  # fmt: skip
+
+
+_biases: dict[tuple[int, str], Array] = {}
+
+
+def _bias_like(grad_bias: Array, grad_below: Array) -> Array:
+    """Where ``DRELU_BGRAD`` writes: its sums have the dtype of its output."""
+    if grad_bias.dtype == grad_below.dtype:
+        return grad_bias
+    key = (grad_bias.data.ptr, grad_below.dtype.name)
+    if key not in _biases:
+        _biases[key] = cupy.empty(grad_below.shape[1], grad_below.dtype)
+    return _biases[key][: len(grad_bias)]
+
+
+def _required(product: Product, measure: Callable[[Plan], None]) -> Plan:
+    found = plan(product, _timer(measure))
+    if found is None:
+        raise _impossible(product)
+    return found
+
+
+def _impossible(product: Product) -> Exception:
+    from dlrm.errors import DeviceError
+
+    return DeviceError(f"cublasLt: has no algorithm for {product}; update nvidia-cublas, or set device: cpu")
+
+
+def _timer(measure: Callable[[Plan], None]) -> Callable[[Plan], None] | None:
+    """What may be timed now: nothing inside a capture."""
+    return None if _capturing() else measure
+
+
+def _capturing() -> bool:
+    return bool(cupy.cuda.get_current_stream().is_capturing())
+
+
+def _ld(array: Array) -> int:
+    """Elements from one row to the next."""
+    return int(array.strides[0] // array.itemsize)
+
+
+def _blocks(work: int, each: int) -> int:
+    return -(-work // each)
