@@ -16,7 +16,7 @@ from typing import Any
 
 import cupy
 import numpy as np
-from nvmath.bindings import cublasLt as lt
+from nvmath.bindings import cublasLt as lt  # noqa: N813  a module
 
 from dlrm.device import Array
 from dlrm.nvrtc import cache_folder
@@ -150,7 +150,7 @@ class Plan:
         return True
 
     def _candidates(self) -> Any:
-        """cublasLt's proposals: structured array of algorithms, best guess first."""
+        """What cublasLt proposes: a structured array of algorithms, best guess first."""
         preference = lt.matmul_preference_create()
         size = np.array([WORKSPACE_BYTES], np.uint64)
         attribute = int(lt.MatmulPreferenceAttribute.MAX_WORKSPACE_BYTES)

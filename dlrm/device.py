@@ -148,9 +148,6 @@ class HostDevice:
     def relu_mask(self, rows: int, columns: int, training: bool) -> None:
         """Nothing: the output alone tells where the ReLU was on."""
 
-    def relu_mask(self, rows: int, columns: int, training: bool) -> None:
-        """Nothing: the output alone tells where the ReLU was on."""
-
     def pinned_empty(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
         """The same as ``empty``: the host has nothing to pin for itself."""
         return self.empty(shape, dtype)

@@ -20,6 +20,7 @@ import numpy as np
 
 from dlrm.cublaslt import Plan, Product, milliseconds, plan
 from dlrm.device import Array
+from dlrm.errors import DeviceError
 from dlrm.nvrtc import c_type, load
 
 _SOURCE = Path(__file__).with_name("gemm.cu")
@@ -53,13 +54,12 @@ def linear_relu_forward(x: Array, weight: Array, bias: Array, out: Array, mask: 
     """See ``gemm.linear_relu_forward``."""
     if not len(x):
         return
-    with_mask = mask is not None
     epilogue, aux_ld = ("RELU_AUX_BIAS", mask.shape[1] * 8) if mask is not None else ("RELU_BIAS", 0)
     product = _forward(x, weight, out, epilogue, aux_ld)
     fused = plan(product, _timer(lambda chosen: chosen.run(weight, x, out, bias=bias, mask=mask)))
     if fused is not None:
         fused.run(weight, x, out, bias=bias, mask=mask)
-        if with_mask:
+        if mask is not None:
             _masked.add(mask.data.ptr)
         return
     plain = _required(_forward(x, weight, out, "DEFAULT", 0), lambda chosen: chosen.run(weight, x, out))
@@ -218,7 +218,8 @@ def bias_relu(wide: Array, bias: Array) -> None:
     """See ``gemm.bias_relu``."""
     kernel = load(_SOURCE, "bias_relu", (("T", c_type(wide)),))
     total = len(wide) * len(bias)
-    kernel(_blocks(total, _THREADS), _THREADS, wide, np.int64(_ld(wide)), bias, np.int64(len(wide)), np.int32(len(bias)))
+    shape = (np.int64(len(wide)), np.int32(len(bias)))
+    kernel(_blocks(total, _THREADS), _THREADS, wide, np.int64(_ld(wide)), bias, *shape)
 
 
 def sum_masked(grad: Array, activation: Array, grad_bias: Array, partials: Array) -> None:
@@ -254,9 +255,7 @@ def logit_forward(x: Array, weight: Array, bias: Array, out: Array) -> None:
     )  # fmt: skip
 
 
-def logit_backward(
-    grad: Array, x: Array, weight: Array, grad_weight: Array, grad_bias: Array, grad_x: Array
-) -> None:
+def logit_backward(grad: Array, x: Array, weight: Array, grad_weight: Array, grad_bias: Array, grad_x: Array) -> None:
     """See ``gemm.logit_backward``."""
     rows, inputs = len(grad), weight.shape[1]
     types = (("T", c_type(x)),)
@@ -323,9 +322,9 @@ def _required(product: Product, measure: Callable[[Plan], None]) -> Plan:
 
 
 def _impossible(product: Product) -> Exception:
-    from dlrm.errors import DeviceError
-
-    return DeviceError(f"cublasLt: has no algorithm for {product}; update nvidia-cublas, or set device: cpu")
+    return DeviceError(
+        f"cublasLt: there is no algorithm for {product}; install a newer nvidia-cublas or set device: cpu"
+    )
 
 
 def _timer(measure: Callable[[Plan], None]) -> Callable[[Plan], None] | None:
