@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from pipeline.console import AsJson, print_fields, print_rows, terminal
 from pipeline.threads import settle_threads
 
 if TYPE_CHECKING:
+    from pipeline.manifest import Manifest
     from pipeline.synthetic import SyntheticTable
 
 _TABLE = re.compile(r"(\d+)(?::(\d+\.?\d*|\.\d+)(?::(\d+))?)?")
@@ -222,11 +224,27 @@ def synth(
     seed: Annotated[int, typer.Option(help="Seed of the teacher and of the rows.")] = 1,
     control: Annotated[bool, typer.Option("--control", help="Permute the categories over the rows.")] = False,
     name: Annotated[str, typer.Option(help="Name of the data set.")] = "synthetic",
+    like: Annotated[
+        str | None, typer.Option(metavar="SHAPE", help="At scale: criteo-terabyte or criteo-terabyte-full.")
+    ] = None,
+    exponent: Annotated[float, typer.Option(help="With --like: power law of all tables.")] = 1.1,
+    scale: Annotated[int, typer.Option(help="With --like: tables have so many times fewer rows.")] = 1,
+    recipe_only: Annotated[
+        bool, typer.Option("--recipe-only", help="With --like: no rows on disk; they are made as they are read.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Make Criteo-shaped rows with a planted teacher, whose best possible AUC the manifest tells."""
     settle_threads()
+    if like is not None:
+        if tables is not None or control or dense != 13:
+            raise ConfigError("--like: goes without --tables, --dense and --control, which it settles")
+        from pipeline.generated import describe_synthetic
+
+        manifest = describe_synthetic(like, rows=rows, seed=seed, exponents=(exponent,), scale=scale)
+        synth_like(out, manifest, recipe_only=recipe_only, overwrite=overwrite, as_json=as_json)
+        return
     from pipeline.synthetic import DEFAULT_TABLES, synthesize
 
     made = synthesize(
@@ -243,6 +261,21 @@ def synth(
     if made.ceilings is not None:
         figures["ceilings"] = asdict(made.ceilings)
     print_dataset(made.path, as_json=as_json, **figures)
+
+
+def synth_like(out: Path, manifest: Manifest, *, recipe_only: bool, overwrite: bool, as_json: bool) -> None:
+    """Write a set of a known shape, from the generator that also makes rows without a disk."""
+    from pipeline.generated import write_recipe, write_synthetic
+
+    if recipe_only:
+        print_dataset(write_recipe(out, manifest, overwrite=overwrite), as_json=as_json)
+        return
+    start = time.perf_counter()
+    with phases() as progress:
+        directory = write_synthetic(out, manifest, overwrite=overwrite, progress=progress)
+    seconds = time.perf_counter() - start
+    rows = sum(split.rows for split in manifest.splits.values())
+    print_dataset(directory, as_json=as_json, seconds=seconds, rows_per_s=rows / seconds)
 
 
 def parse_tables(text: str) -> list[SyntheticTable]:

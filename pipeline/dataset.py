@@ -18,6 +18,7 @@ from pipeline.formats.batch import HostBatch, size_fault
 from pipeline.formats.jagged import JaggedReader
 from pipeline.formats.raw import RawReader, Rows
 from pipeline.formats.record_files import RecordFiles, RecordSource, prefers_direct
+from pipeline.generated import SCHEME, GeneratedRecords, GeneratedRows, parse_synthetic
 from pipeline.manifest import Ceilings, Manifest, SplitInfo, TableInfo, read_manifest
 from pipeline.writer import DatasetWriter
 
@@ -44,8 +45,16 @@ class Split:
         self.name = name
         self.rows = info.rows
         self.shards = tuple(file.rows for file in info.files if file.part == "rows")
-        reader = JaggedReader if dataset.manifest.layout == "jagged" else RawReader
-        self._reader = reader(dataset.path, dataset.manifest, info)
+        manifest = dataset.manifest
+        self._generated: GeneratedRows | None = None
+        if manifest.layout == "synthetic":
+            self.shards = (info.rows,)
+            self._generated = GeneratedRows(manifest, name, dataset.path)
+        self._reader: JaggedReader | RawReader = (
+            JaggedReader(dataset.path, manifest, info)
+            if manifest.layout == "jagged"
+            else RawReader(dataset.path, manifest, info, self._generated)
+        )
 
     def read(self, rows: NDArray[np.int64] | slice) -> HostBatch:
         """Read rows in the order asked for; safe from several threads at once.
@@ -77,6 +86,8 @@ class Split:
         Raises:
             DataError: the layout has no records of one length.
         """
+        if self._generated is not None:
+            return GeneratedRecords(self._generated)
         if direct is None:
             direct = prefers_direct(sum(file.bytes for file in self._info.files))
         return RecordFiles(self._dataset.path, self._dataset.manifest, self._info, self._reader.files, direct=direct)
@@ -214,11 +225,15 @@ def load_dataset(path: str | Path) -> Dataset:
     """Open a prepared data set.
 
     Args:
-        path: folder with ``dataset.json``.
+        path: folder with ``dataset.json``, or ``synthetic:...`` (docs/data.md) for rows that are made as they are
+            read.
 
     Raises:
-        DataError: it is missing or malformed, or a file does not have the size that it lists.
+        ConfigError: ``synthetic:...`` is malformed.
+        DataError: the folder is missing or malformed, or a file does not have the size that it lists.
     """
+    if str(path).startswith(SCHEME):
+        return Dataset(Path(str(path)), parse_synthetic(str(path)))
     directory = Path(path)
     return Dataset(directory, read_manifest(directory))
 

@@ -21,7 +21,7 @@ from dlrm.errors import DataError
 MANIFEST_NAME = "dataset.json"
 FORMAT_VERSION: Literal[1] = 1
 
-Layout = Literal["raw", "jagged"]
+Layout = Literal["raw", "jagged", "synthetic"]
 DenseDtype = Literal["float32", "int32"]
 DenseTransform = Literal["as_is", "log1p_at_read"]
 KeyDtype = Literal["int32", "int64"]
@@ -106,6 +106,15 @@ class Ceilings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Recipe:
+    """What makes the rows of a synthetic set (``pipeline.generator``), beside tables and dense columns."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    exponents: tuple[Annotated[float, Field(ge=0, le=10)], ...]
+    """Of each table's power law."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class Manifest:
     """``dataset.json``."""
 
@@ -127,6 +136,8 @@ class Manifest:
     notes: tuple[str, ...] = ()
     """How the values came about: transforms, thresholds, rules for missing values."""
     ceilings: Ceilings | None = None
+    recipe: Recipe | None = None
+    """Layout ``synthetic``: the rows, which have no files; ``raw``: what the files were written from."""
 
     def __post_init__(self) -> None:
         """Check what spans fields.
@@ -143,8 +154,10 @@ class Manifest:
                     f"table {table.name!r}: {table.rows} rows; at least 1, and at most 2147483648 with "
                     f"{self.key_dtype} keys (key_dtype int64 allows more)"
                 )
-            if self.layout == "raw" and not table.hotness:
+            if self.layout != "jagged" and not table.hotness:
                 raise DataError(f"table {table.name!r}: hotness 0; Raw rows have at least one key column a table")
+        if self.layout == "synthetic" and (self.recipe is None or len(self.recipe.exponents) != len(self.tables)):
+            raise DataError("recipe: missing, or without an exponent for each table; layout 'synthetic' needs them")
         if not self.tables and not self.dense.names:
             raise DataError("tables and dense.names are both empty; a data set needs at least one feature")
         for name, split in self.splits.items():
@@ -155,7 +168,7 @@ class Manifest:
 def row_words(manifest: Manifest) -> int:
     """32-bit words of one row of a ``rows`` file: label, dense columns and, in Raw, keys and weights."""
     words = 1 + len(manifest.dense.names)
-    if manifest.layout == "raw":
+    if manifest.layout != "jagged":
         columns = sum(table.hotness for table in manifest.tables)
         words += columns * (2 if manifest.key_dtype == "int64" else 1) + columns * manifest.weighted
     return words
@@ -220,6 +233,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> Path:
 
 
 def _check_files(name: str, split: SplitInfo, manifest: Manifest) -> None:
+    if manifest.layout == "synthetic":
+        if split.files:
+            raise DataError(f"split {name!r}: lists {len(split.files)} files, but layout 'synthetic' has none")
+        return
     for file in split.files:
         expected = expected_bytes(manifest, file)
         if expected is not None and file.bytes != expected:

@@ -29,6 +29,7 @@ from pipeline.manifest import (
     LabelDtype,
     Layout,
     Manifest,
+    Recipe,
     SplitInfo,
     TableInfo,
     check_split_name,
@@ -173,6 +174,7 @@ class DatasetWriter:
         source: str = "",
         notes: Sequence[str] = (),
         ceilings: Ceilings | None = None,
+        recipe: Recipe | None = None,
     ) -> Path:
         """Close the files and write ``dataset.json``.
 
@@ -183,6 +185,7 @@ class DatasetWriter:
             source: where the data came from.
             notes: how the values came about.
             ceilings: of a synthetic set.
+            recipe: of a synthetic set whose rows ``pipeline.generator`` made.
 
         Returns:
             The folder.
@@ -225,6 +228,7 @@ class DatasetWriter:
             source=source,
             notes=tuple(notes),
             ceilings=ceilings,
+            recipe=recipe,
         )
         # Gone before the first file changes: old and new files together must not pass for a set.
         (self.path / MANIFEST_NAME).unlink(missing_ok=True)

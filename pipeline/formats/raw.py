@@ -116,14 +116,14 @@ class RowFiles:
 class RawReader:
     """Reads batches of a split in the Raw layout."""
 
-    def __init__(self, directory: Path, manifest: Manifest, split: SplitInfo) -> None:
-        """Map the files.
+    def __init__(self, directory: Path, manifest: Manifest, split: SplitInfo, files: RowFiles | None = None) -> None:
+        """Map the files, unless ``files`` stand for them.
 
         Raises:
             DataError: a file is missing, truncated or oversized.
         """
         self._manifest = manifest
-        self.files = RowFiles(directory, manifest, split)
+        self.files = files or RowFiles(directory, manifest, split)
         self._wide = manifest.key_dtype == "int64"
         self._first = 1 + len(manifest.dense.names)
         hotness = [table.hotness for table in manifest.tables]

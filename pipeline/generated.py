@@ -1,0 +1,250 @@
+"""Synthetic sets at scale: their shapes by name, rows made as they are read, and the same rows written as Raw.
+
+Shapes: B rows, V 32-bit words of a Raw row, T tables.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlrm.errors import ConfigError
+from pipeline.formats.raw import RowFiles
+from pipeline.formats.record_files import Bytes, RecordLayout, Records
+from pipeline.generator import Generator
+from pipeline.manifest import DenseInfo, Manifest, Recipe, SplitInfo, TableInfo, write_manifest
+from pipeline.writer import DatasetWriter
+
+Rows = NDArray[np.int64]
+
+SCHEME = "synthetic:"
+NUM_DENSE = 13
+DEFAULT_EXPONENT = 1.1
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    # MLPerf v1.1 - v2.1: raw values modulo 40,000,000, then counted; 187,767,399 rows in all.
+    "criteo-terabyte": (
+        39884406, 39043, 17289, 7420, 20263, 3, 7120, 1543, 63, 38532951, 2953546, 403346, 10, 2208, 11938, 155, 4, 976,
+        14, 39979771, 25641295, 39664984, 585935, 12972, 108, 36,
+    ),
+    # The same without the cap: 882,774,559 rows.
+    "criteo-terabyte-full": (
+        227605432, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 130229467, 3067956, 405282, 10, 2209, 11938, 155, 4,
+        976, 14, 292775614, 40790948, 187188510, 590152, 12973, 108, 36,
+    ),
+}  # fmt: skip
+"""Rows of each table."""
+
+_CHUNK = 65_536
+
+
+def describe_synthetic(
+    like: str, *, rows: int, seed: int = 1, exponents: Sequence[float] = (DEFAULT_EXPONENT,), scale: int = 1
+) -> Manifest:
+    """The manifest of a set without files.
+
+    Args:
+        like: a name of ``SHAPES``.
+        rows: samples in all; 90 % are ``train``, 5 % each ``validation`` and ``test``, in the order of row numbers.
+        seed: 0 .. 2^63 - 1.
+        exponents: of the tables' power laws; one stands for all.
+        scale: tables have so many times fewer rows, at least 2 where they have as many.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+    if like not in SHAPES:
+        raise ConfigError(f"synth: no shape {like!r}; known are {', '.join(SHAPES)}")
+    sizes = SHAPES[like]
+    laws = tuple(exponents) * (len(sizes) if len(exponents) == 1 else 1)
+    if len(laws) != len(sizes) or not all(0 <= exponent <= 10 for exponent in laws):
+        raise ConfigError(f"synth: exponents {list(exponents)}; give one, or {len(sizes)}, each in 0 .. 10")
+    if not 1 <= rows < 2**62 or not 0 <= seed < 2**63 or scale < 1:
+        raise ConfigError(
+            f"synth: rows {rows}, seed {seed}, scale {scale}; need 1 .. 2^62 - 1, 0 .. 2^63 - 1, 1 and up"
+        )
+    small = rows // 20
+    counts = {"train": rows - 2 * small, "validation": small, "test": small}
+    return Manifest(
+        name=f"synthetic {like}",
+        layout="synthetic",
+        dense=DenseInfo(names=tuple(f"I{n + 1}" for n in range(NUM_DENSE))),
+        tables=tuple(
+            TableInfo(name=f"C{t + 1}", rows=max(size // scale, min(size, 2)), frequency_ordered=True)
+            for t, size in enumerate(sizes)
+        ),
+        splits={name: SplitInfo(rows=count, files=()) for name, count in counts.items()},
+        licence="none: made by a random generator",
+        source=f"crosslane synth --like {like} --rows {rows} --seed {seed}",
+        notes=(f"keys: power law, exponents {', '.join(f'{exponent:g}' for exponent in dict.fromkeys(laws))}",),
+        recipe=Recipe(seed=seed, exponents=laws),
+    )
+
+
+def parse_synthetic(path: str) -> Manifest:
+    """The set that ``synthetic:SHAPE?rows=N&seed=S&exponent=A&scale=K`` names; all but the rows may be left out.
+
+    Raises:
+        ConfigError: a part is unknown, missing or no number.
+    """
+    like, _, query = path.removeprefix(SCHEME).partition("?")
+    given = dict(parse_qsl(query, keep_blank_values=True))
+    if unknown := set(given) - {"rows", "seed", "exponent", "scale"}:
+        raise ConfigError(
+            f"data.path: {path!r}: unknown {', '.join(sorted(unknown))}; known: rows, seed, exponent, scale"
+        )
+    try:
+        return describe_synthetic(
+            like,
+            rows=int(given["rows"]),
+            seed=int(given.get("seed", 1)),
+            exponents=(float(given.get("exponent", DEFAULT_EXPONENT)),),
+            scale=int(given.get("scale", 1)),
+        )
+    except (KeyError, ValueError):
+        raise ConfigError(
+            f"data.path: {path!r} must have the form synthetic:SHAPE?rows=N&seed=S&exponent=A&scale=K with numbers"
+        ) from None
+
+
+def generator_of(manifest: Manifest) -> Generator:
+    """The generator of a manifest with a recipe."""
+    assert manifest.recipe is not None
+    return Generator(
+        [table.rows for table in manifest.tables],
+        [table.hotness for table in manifest.tables],
+        manifest.recipe.exponents,
+        len(manifest.dense.names),
+        manifest.recipe.seed,
+    )
+
+
+class GeneratedRows(RowFiles):
+    """Stands for the files of a split whose rows are made as they are read."""
+
+    def __init__(self, manifest: Manifest, split: str, name: Path) -> None:
+        """``name`` stands for a file's in errors."""
+        self._manifest = manifest
+        self.manifest = manifest
+        self.name = name / split
+        self.generator = generator_of(manifest)
+        names = list(manifest.splits)
+        self.first = sum(manifest.splits[other].rows for other in names[: names.index(split)])
+        self._last = threading.local()
+
+    def make(self, rows: Rows) -> NDArray[np.int32]:
+        """Rows [B, V] of the split."""
+        records = np.empty((rows.size, self.generator.row_words), np.uint32)
+        self.generator.write(rows + self.first, records)
+        return records.view(np.int32)
+
+    def pieces(self, rows: Rows) -> Iterator[tuple[NDArray[np.int32], Rows, Rows]]:
+        """See ``RowFiles.pieces``."""
+        # A batch asks twice for its rows, for its head and for its keys.
+        if getattr(self._last, "rows", None) is not rows:
+            self._last.words = self.make(rows)
+            self._last.rows = rows
+        places = np.arange(rows.size)
+        if rows.size:
+            yield self._last.words, places, places
+
+    def locate(self, row: int | np.int64) -> tuple[Path, int]:
+        """See ``RowFiles.locate``."""
+        return self.name, int(row)
+
+    def words_of(self, row: int | np.int64) -> NDArray[np.int32]:
+        """See ``RowFiles.words_of``."""
+        words: NDArray[np.int32] = self.make(np.array([row], np.int64))[0]
+        return words
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Nothing: no disk is asked."""
+
+
+class GeneratedRecords:
+    """Rows of a split that are made as they are read, as a ``RecordSource``."""
+
+    def __init__(self, rows: GeneratedRows) -> None:
+        """Take over the split's rows."""
+        self.layout = RecordLayout.of(rows.manifest)
+        self._rows = rows
+
+    def read_runs(self, runs: Sequence[tuple[int, int]], buffer: Bytes) -> Records:
+        """See ``RecordSource.read_runs``."""
+        numbers = [np.arange(first, first + count, dtype=np.int64) for first, count in runs]
+        return self.read_rows(np.concatenate([*numbers, np.empty(0, np.int64)]), buffer)
+
+    def read_rows(self, rows: Rows, buffer: Bytes) -> Records:
+        """See ``RecordSource.read_rows``."""
+        records = buffer[: rows.size * self.layout.words * 4].view(np.uint32).reshape(-1, self.layout.words)
+        self._rows.generator.write(rows + self._rows.first, records)
+        return records
+
+    def locate(self, row: int) -> tuple[Path, int, int]:
+        """See ``RecordSource.locate``; the byte is the one that a Raw file would have it at."""
+        return self._rows.name, row, row * self.layout.words * 4
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def write_synthetic(out: Path, manifest: Manifest, *, overwrite: bool = False, progress: Any = None) -> Path:
+    """Write the rows of a set without files as Raw shards: generated on all cores, hashed and written in order.
+
+    Args:
+        out: folder.
+        manifest: of ``describe_synthetic``.
+        overwrite: replace a data set that is there.
+        progress: called with a phase, rows done, rows in all.
+
+    Raises:
+        DataError: the folder holds a data set already, or cannot be written.
+    """
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with (
+        DatasetWriter(
+            out, name=manifest.name, dense_names=manifest.dense.names, tables=manifest.tables, overwrite=overwrite
+        ) as writer,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        for name, split in manifest.splits.items():
+            made = GeneratedRows(manifest, name, out)
+            pending: deque[Future[NDArray[np.int32]]] = deque()
+            starts = iter(range(0, max(split.rows, 1), _CHUNK))
+            done = 0
+            while True:
+                while len(pending) <= threads and (start := next(starts, None)) is not None:
+                    stop = min(start + _CHUNK, split.rows)
+                    pending.append(pool.submit(made.make, np.arange(start, stop, dtype=np.int64)))
+                if not pending:
+                    break
+                words = pending.popleft().result()
+                writer.write_rows(name, words)
+                done += len(words)
+                if progress is not None:
+                    progress(f"writing {name}", done, split.rows)
+        return writer.finish(
+            licence=manifest.licence, source=manifest.source, notes=manifest.notes, recipe=manifest.recipe
+        )
+
+
+def write_recipe(out: Path, manifest: Manifest, *, overwrite: bool = False) -> Path:
+    """Write the manifest alone: a data set whose rows are made as they are read.
+
+    Raises:
+        DataError: the folder holds a data set already, or cannot be written.
+    """
+    with DatasetWriter(
+        out, name=manifest.name, dense_names=manifest.dense.names, tables=manifest.tables, overwrite=overwrite
+    ):
+        write_manifest(out, manifest)
+    return out
