@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dlrm.config import DataConfig
+from dlrm.device import Device
 from dlrm.errors import DataError
 from embedding.jagged import Jagged
 from pipeline.formats.batch import HostBatch, size_fault
@@ -20,6 +22,7 @@ from pipeline.formats.raw import RawReader, Rows
 from pipeline.formats.record_files import RecordFiles, RecordSource, prefers_direct
 from pipeline.generated import SCHEME, GeneratedRecords, GeneratedRows, parse_synthetic
 from pipeline.manifest import Ceilings, Manifest, SplitInfo, TableInfo, read_manifest
+from pipeline.record_loader import RecordLoader
 from pipeline.writer import DatasetWriter
 
 __all__ = ["Ceilings", "Dataset", "DatasetWriter", "HostBatch", "Split", "TableInfo", "load_dataset"]
@@ -77,7 +80,70 @@ class Split:
         """The keys alone of ``read``."""
         return self._reader.read_keys(self._numbers(rows))
 
-    def records(self, *, direct: bool | None = None) -> RecordSource:
+    def records(
+        self,
+        data: DataConfig,
+        *,
+        seed: int,
+        rank: int,
+        ranks: int,
+        device: Device,
+        batch_size: int | None = None,
+        shuffle: bool | None = None,
+        drop_last: bool | None = None,
+        whole_batches: bool = False,
+        keep: int = 1,
+        start_step: int = 0,
+        stop_step: int | None = None,
+        epochs: int | None = None,
+    ) -> RecordLoader:
+        """Batches of the rows as they are stored, in pinned buffers: for devices that take records apart themselves.
+
+            with split.records(config.data, seed=1, rank=0, ranks=2, device=device, epochs=1) as loader:
+                for batch in loader:
+                    device.upload(batch.records, out)  # [B, V] uint32; batch.layout says which word is what
+                    batch.hold(event)  # of the upload: the buffer is not overwritten before it
+
+        Args:
+            data: of the run: order, batch size, depth of the ring, threads.
+            seed: of the order.
+            rank: whose share of each batch.
+            ranks: how many share it.
+            device: gives the buffers.
+            batch_size: rows of the global batch; ``None``: those of ``data``, as with the next two.
+            shuffle: ``False``: file order.
+            drop_last: leave out an incomplete last batch of an epoch.
+            whole_batches: hand over the rows of all ranks.
+            keep: batches that the consumer looks at, at once.
+            start_step: steps that are done already.
+            stop_step: last step; ``None``: only ``epochs`` ends it.
+            epochs: passes over the split; ``None``: only ``stop_step`` ends it.
+
+        Raises:
+            ConfigError: the split has rows, but ``drop_last`` leaves no batch of them.
+            DataError: the layout has no records of one length.
+        """
+        return RecordLoader(
+            self,
+            device=device,
+            batch_size=batch_size or data.batch_size,
+            rank=rank,
+            ranks=ranks,
+            seed=seed,
+            shuffle=data.shuffle if shuffle is None else shuffle,
+            window=data.shuffle_window,
+            drop_last=data.drop_last if drop_last is None else drop_last,
+            prefetch=data.prefetch,
+            block=data.shuffle_block,
+            readers=data.readers,
+            keep=keep,
+            whole_batches=whole_batches,
+            start_step=start_step,
+            stop_step=stop_step,
+            epochs=epochs,
+        )
+
+    def record_source(self, *, direct: bool | None = None) -> RecordSource:
         """The rows as they are stored; whoever asks for them closes them.
 
         Args:

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 
 from embedding.jagged import Jagged
 from pipeline.dataset import HostBatch, Split
-from pipeline.read_ahead import ReadAhead
+from pipeline.read_ahead import READERS, ReadAhead
 from pipeline.row_order import RowOrder, Steps, steps_per_epoch
 
 __all__ = ["LoadedBatch", "Loader", "RowOrder", "steps_per_epoch"]
-
-READERS = 2  # so that one may wait for the disk
 
 
 @dataclass(slots=True)

@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+READERS = 2  # so that one may wait for the disk
+
 Item = TypeVar("Item")
 
 

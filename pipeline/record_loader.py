@@ -1,7 +1,7 @@
 """Reads rows ahead as they are stored, into a ring of pinned buffers: no work of the host on any row.
 
-For devices that take records apart themselves (``RecordBatch.layout`` says how); order, steps, shares and errors are
-those of ``pipeline.loader``.
+For devices that take records apart themselves (``RecordBatch.layout`` says how); ``Split.records`` makes one. Order,
+steps, shares and errors are those of ``pipeline.loader``.
 
 Shapes: B rows of this rank's share of a batch, G rows of the global batch, V 32-bit words a row.
 """
@@ -9,17 +9,30 @@ Shapes: B rows of this rank's share of a batch, G rows of the global batch, V 32
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dlrm.device import Device, Event
+from dlrm.errors import DataError
 from embedding.topology import share_of
-from pipeline.dataset import Split
+from pipeline.formats.batch import HostBatch
 from pipeline.formats.record_files import PAGE, Bytes, RecordLayout, RecordSource, buffer_bytes, page_aligned
-from pipeline.loader import READERS
-from pipeline.read_ahead import ReadAhead
-from pipeline.row_order import RowOrder, Run, Steps
+from pipeline.read_ahead import READERS, ReadAhead
+from pipeline.row_order import OrderedRows, RowOrder, Run, Steps
+
+
+class RecordSplit(OrderedRows, Protocol):
+    """What the loader needs of a split."""
+
+    def record_source(self, *, direct: bool | None = None) -> RecordSource:
+        """The rows as they are stored."""
+        ...
+
+    def read(self, rows: NDArray[np.int64]) -> HostBatch:
+        """The rows decoded and checked."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,6 +59,7 @@ class RecordBatch:
     epoch: int
     global_rows: int
     last_of_epoch: bool
+    _split: RecordSplit
     _source: RecordSource
     _order: RowOrder
     _first: int
@@ -63,10 +77,24 @@ class RecordBatch:
 
     def locate(self, place: int) -> str:
         """Where record ``place`` of ``records`` comes from, for errors: file, row and byte."""
-        position = self._first + place
-        row = int(self._order.rows(self.epoch, position, position + 1)[0])
-        path, inside, byte = self._source.locate(row)
+        path, inside, byte = self._source.locate(self._row(place))
         return f"{path}: row {inside} (byte {byte})"
+
+    def fault(self, place: int) -> DataError:
+        """What to raise where a device finds record ``place`` wrong: the host's own sentence on that row."""
+        try:
+            self._split.read(np.array([self._row(place)], np.int64))
+        except DataError as error:
+            return error
+        return DataError(
+            f"{self.locate(place)}: the device found a value out of range where the host finds none; check the "
+            "machine's memory and its disk"
+        )
+
+    def _row(self, place: int) -> int:
+        """Row of the split that record ``place`` is."""
+        position = self._first + place
+        return int(self._order.rows(self.epoch, position, position + 1)[0])
 
 
 class RecordLoader(ReadAhead[RecordBatch]):
@@ -78,7 +106,7 @@ class RecordLoader(ReadAhead[RecordBatch]):
 
     def __init__(
         self,
-        split: Split,
+        split: RecordSplit,
         *,
         device: Device,
         batch_size: int,
@@ -101,7 +129,7 @@ class RecordLoader(ReadAhead[RecordBatch]):
         """Lay out the steps and allocate the ring; reading starts with the first batch that is asked for or ``with``.
 
         Args:
-            split: of a Raw or a synthetic data set.
+            split: of a data set whose rows are records of one length.
             device: gives the buffers (``pinned_empty``).
             batch_size: rows of the global batch.
             rank: this rank.
@@ -137,7 +165,8 @@ class RecordLoader(ReadAhead[RecordBatch]):
         self.steps_per_epoch = self._steps.per_epoch
         self._order = RowOrder(split, seed=seed, shuffle=shuffle, window=window, block=block)
         self._whole = whole_batches
-        self._source = split.records(direct=direct)
+        self._split = split
+        self._source = split.record_source(direct=direct)
         depth = max(1, prefetch)
         rows = min(batch_size, split.rows)
         size = buffer_bytes(self._source.layout, rows if whole_batches else share_of(rows, ranks, 0))
@@ -178,6 +207,7 @@ class RecordLoader(ReadAhead[RecordBatch]):
             epoch=part.epoch,
             global_rows=part.global_rows,
             last_of_epoch=part.last_of_epoch,
+            _split=self._split,
             _source=self._source,
             _order=self._order,
             _first=first,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dlrm.config import DataConfig
 from dlrm.device import HostDevice
 from dlrm.errors import ConfigError, DataError
 from embedding.topology import share_of, start_of
@@ -65,6 +67,44 @@ def load(folder: Path, **options: Any) -> Iterator[RecordBatch]:
     }
     with RecordLoader(load_dataset(folder).split("train"), **arguments) as loader:
         yield from loader
+
+
+def test_a_run_gets_its_records_by_its_config(tmp_path: Path, rng: np.random.Generator) -> None:
+    write_shards(tmp_path, [70, 33], rng)
+    split = load_dataset(tmp_path).split("train")
+    data = DataConfig(path=str(tmp_path), batch_size=20, shuffle_window=40, shuffle_block=3, prefetch=2, readers=1)
+    usual: dict[str, Any] = {"batch_size": 20, "window": 40, "block": 3, "prefetch": 2, "seed": 5, "ranks": 2}
+    asked: dict[str, Any] = {"seed": 5, "ranks": 2, "rank": 1, "device": HostDevice(), "epochs": 2}
+    for options, meant in (
+        ({"start_step": 4}, usual),
+        ({"shuffle": False, "batch_size": 7, "drop_last": True}, usual | {"batch_size": 7}),
+        ({"whole_batches": True, "stop_step": 3, "keep": 2}, usual),
+    ):
+        expected = load(tmp_path, **(meant | options), rank=1, epochs=2)
+        with split.records(data, **asked, **options) as loader:
+            steps = []
+            for one, other in zip(loader, expected, strict=True):
+                np.testing.assert_array_equal(one.records, other.records)
+                assert (one.own, one.step, one.global_rows) == (other.own, other.step, other.global_rows)
+                steps.append(one.step)
+        assert steps
+
+
+def test_a_record_found_wrong_is_described_by_the_host(tmp_path: Path, rng: np.random.Generator) -> None:
+    words = write_shards(tmp_path, [30, 33], rng).view(np.int32)
+    words[41, 4] = 77  # of 50
+    (tmp_path / "1.bin").write_bytes(words[30:].tobytes())
+    found = 0
+    for batch in load(tmp_path, batch_size=9, ranks=2, rank=1, block=4, epochs=2):
+        for place in np.flatnonzero(batch.records[:, 4] >= 50):
+            assert re.search(r"1\.bin: row 11.*: key 77 of table 'x' lies outside", str(batch.fault(place)))
+            found += 1
+        for place in np.flatnonzero(batch.records[:, 4] < 50):
+            assert str(batch.fault(place)).startswith(batch.locate(place) + ": the device found")
+            break
+    others = load(tmp_path, batch_size=9, ranks=2, rank=0, block=4, epochs=2)
+    found += sum(int((batch.records[:, 4] >= 50).sum()) for batch in others)
+    assert found == 2  # each epoch, on one of the ranks
 
 
 def documented_order(shards: list[int], *, seed: int, epoch: int, window: int, block: int) -> list[int]:
@@ -224,7 +264,7 @@ def test_a_file_cut_short_while_it_is_read(tmp_path: Path, rng: np.random.Genera
     write_shards(tmp_path, [100, 5000], rng)
     for direct in (False, True):
         split = load_dataset(tmp_path).split("train")
-        source = split.records(direct=direct)
+        source = split.record_source(direct=direct)
         os.truncate(tmp_path / "1.bin", 321 * WORDS * 4 + 6)
         buffer = np.empty(5100 * WORDS * 4 + 3 * PAGE, np.uint8)
         buffer = buffer[-buffer.ctypes.data % PAGE :]
@@ -249,7 +289,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, rng: np.random.Generator) -
     write_shards(tmp_path, [30], rng)
     split = load_dataset(tmp_path).split("train")
     (tmp_path / "0.bin").unlink()
-    source = split.records(direct=False)
+    source = split.record_source(direct=False)
     with pytest.raises(DataError, match=r"0\.bin: row 3 \(byte 60\): cannot be read \(No such file"):
         source.read_runs([(3, 4)], np.empty(100, np.uint8))
 
