@@ -20,7 +20,8 @@ from pipeline.formats.batch import HostBatch, size_fault
 from pipeline.formats.jagged import JaggedReader
 from pipeline.formats.raw import RawReader, Rows
 from pipeline.formats.record_files import RecordFiles, RecordSource, prefers_direct
-from pipeline.generated import SCHEME, GeneratedRecords, GeneratedRows, parse_synthetic
+from pipeline.generated import SCHEME, GeneratedRecords, GeneratedRows, RowNumbers, parse_synthetic
+from pipeline.generator import DeviceRows
 from pipeline.manifest import Ceilings, Manifest, SplitInfo, TableInfo, read_manifest
 from pipeline.record_loader import RecordLoader
 from pipeline.writer import DatasetWriter
@@ -92,6 +93,7 @@ class Split:
         shuffle: bool | None = None,
         drop_last: bool | None = None,
         whole_batches: bool = False,
+        numbers: bool = False,
         keep: int = 1,
         start_step: int = 0,
         stop_step: int | None = None,
@@ -114,6 +116,8 @@ class Split:
             shuffle: ``False``: file order.
             drop_last: leave out an incomplete last batch of an epoch.
             whole_batches: hand over the rows of all ranks.
+            numbers: hand over numbers of rows [B, 2] (int64 as two words), for a device that makes the rows itself
+                (``rows_on``).
             keep: batches that the consumer looks at, at once.
             start_step: steps that are done already.
             stop_step: last step; ``None``: only ``epochs`` ends it.
@@ -121,7 +125,7 @@ class Split:
 
         Raises:
             ConfigError: the split has rows, but ``drop_last`` leaves no batch of them.
-            DataError: the layout has no records of one length.
+            DataError: the layout has no records of one length, or ``numbers`` of rows that lie in files are asked for.
         """
         return RecordLoader(
             self,
@@ -138,20 +142,45 @@ class Split:
             readers=data.readers,
             keep=keep,
             whole_batches=whole_batches,
+            numbers=numbers,
             start_step=start_step,
             stop_step=stop_step,
             epochs=epochs,
         )
 
-    def record_source(self, *, direct: bool | None = None) -> RecordSource:
+    def rows_on(self, device: Device) -> DeviceRows:
+        """What makes the rows of a synthetic set on a device.
+
+        Raises:
+            DataError: the rows lie in files.
+        """
+        return DeviceRows(self.made().generator, device)
+
+    def made(self) -> GeneratedRows:
+        """The rows of a synthetic set.
+
+        Raises:
+            DataError: the rows lie in files.
+        """
+        if self._generated is None:
+            raise DataError(
+                f"data set {self._dataset.path}: layout {self._dataset.manifest.layout!r} has its rows in files; only "
+                "those of a synthetic set can be made on a device"
+            )
+        return self._generated
+
+    def record_source(self, *, direct: bool | None = None, numbers: bool = False) -> RecordSource:
         """The rows as they are stored; whoever asks for them closes them.
 
         Args:
             direct: pass the page cache by; ``None``: where the split takes more than half of the memory.
+            numbers: numbers of rows in the place of rows (see ``records``).
 
         Raises:
-            DataError: the layout has no records of one length.
+            DataError: the layout has no records of one length, or ``numbers`` of rows that lie in files are asked for.
         """
+        if numbers:
+            return RowNumbers(self.made())
         if self._generated is not None:
             return GeneratedRecords(self._generated)
         if direct is None:

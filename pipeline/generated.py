@@ -197,6 +197,16 @@ class GeneratedRecords:
         """Nothing is open."""
 
 
+class RowNumbers(GeneratedRecords):
+    """The numbers of the rows instead of the rows, for a device that makes them itself (``DeviceRows``)."""
+
+    def read_rows(self, rows: Rows, buffer: Bytes) -> Records:
+        """[B, 2], the int64 number in the whole set of each row as two words."""
+        numbers = buffer[: rows.size * 8].view(np.int64)
+        np.add(rows, self._rows.first, out=numbers)
+        return numbers.view(np.uint32).reshape(-1, 2)
+
+
 def write_synthetic(out: Path, manifest: Manifest, *, overwrite: bool = False, progress: Any = None) -> Path:
     """Write the rows of a set without files as Raw shards: generated on all cores, hashed and written in order.
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dlrm.device import Array, Device, Kernel
 from dlrm.philox import philox4x32
 from embedding.frequency import bin_edges
 
@@ -194,7 +195,19 @@ class Generator:
         length = math.sqrt(float((raw**2).sum())) or 1.0
         linear = _rounded(raw * (DENSE_STRENGTH / length))
         hot = np.asarray(hotness, np.int64)
-        self.constants = [np.uint64(seed), hot, starts, limits, aliases, firsts, sizes, salts, means, scales, linear]
+        self.constants: list[Any] = [
+            np.uint64(seed),
+            hot,
+            starts,
+            limits,
+            aliases,
+            firsts,
+            sizes,
+            salts,
+            means,
+            scales,
+            linear,
+        ]
         self.constants.append(np.float32(0))
         self.constants[-1] = self._calibrate()
 
@@ -252,6 +265,28 @@ class Generator:
             else:
                 high = middle
         return np.float32(_rounded(np.array(high)))
+
+
+class DeviceRows:
+    """The rows of a generator, made on a device."""
+
+    def __init__(self, generator: Generator, device: Device) -> None:
+        """Upload the constants, some ten kilobytes a table, on the current stream."""
+        self._kernel: Kernel = device.kernel(__name__, "generate_records") or generate_records
+        self._constants = [
+            device.upload(value, device.empty(value.shape, value.dtype)) if value.ndim else value
+            for value in generator.constants
+        ]
+
+    def write(self, numbers: Array, records: Array, logits: Array) -> None:
+        """Write rows on the current stream; nothing is allocated and nothing waits.
+
+        Args:
+            numbers: [B] int64, rows of the whole set.
+            records: [B, V] uint32, written: what a Raw file holds.
+            logits: [B] float32, written: the teacher's.
+        """
+        self._kernel(numbers, *self._constants, records, logits)
 
 
 def _rounded(values: NDArray[Any]) -> NDArray[np.float32]:

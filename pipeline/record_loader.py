@@ -26,7 +26,7 @@ from pipeline.row_order import OrderedRows, RowOrder, Run, Steps
 class RecordSplit(OrderedRows, Protocol):
     """What the loader needs of a split."""
 
-    def record_source(self, *, direct: bool | None = None) -> RecordSource:
+    def record_source(self, *, direct: bool | None = None, numbers: bool = False) -> RecordSource:
         """The rows as they are stored."""
         ...
 
@@ -121,6 +121,7 @@ class RecordLoader(ReadAhead[RecordBatch]):
         readers: int = READERS,
         keep: int = 1,
         whole_batches: bool = False,
+        numbers: bool = False,
         direct: bool | None = None,
         start_step: int = 0,
         stop_step: int | None = None,
@@ -143,6 +144,7 @@ class RecordLoader(ReadAhead[RecordBatch]):
             readers: threads.
             keep: batches that the consumer looks at, at once.
             whole_batches: hand over all G rows, for exchanges that want everyone's keys.
+            numbers: hand over numbers of rows [B, 2] (int64) of a synthetic set, for a device that makes the rows.
             direct: pass the page cache by; ``None``: where the split takes more than half of the memory.
             start_step: steps that are done already; the first batch is of the step behind it.
             stop_step: last step; ``None``: only ``epochs`` ends the iteration.
@@ -150,7 +152,7 @@ class RecordLoader(ReadAhead[RecordBatch]):
 
         Raises:
             ConfigError: the split has rows, but ``drop_last`` leaves no batch of them.
-            DataError: the split has no records of one length (jagged layout).
+            DataError: the split has no records of one length (jagged layout), or files where ``numbers`` are asked for.
         """
         self._steps = Steps(
             split,
@@ -166,7 +168,7 @@ class RecordLoader(ReadAhead[RecordBatch]):
         self._order = RowOrder(split, seed=seed, shuffle=shuffle, window=window, block=block)
         self._whole = whole_batches
         self._split = split
-        self._source = split.record_source(direct=direct)
+        self._source = split.record_source(direct=direct, numbers=numbers)
         depth = max(1, prefetch)
         rows = min(batch_size, split.rows)
         size = buffer_bytes(self._source.layout, rows if whole_batches else share_of(rows, ranks, 0))

@@ -13,7 +13,9 @@ from dlrm.nvrtc import Defines, branch_arch, cache_folder, compile_cubin, native
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 SOURCES = sorted(
-    str(path.relative_to(ROOT)) for package in ("dlrm", "embedding") for path in (ROOT / package).glob("*.cu")
+    str(path.relative_to(ROOT))
+    for package in ("dlrm", "embedding", "pipeline")
+    for path in (ROOT / package).glob("*.cu")
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dlrm.nvrtc import Defines
+from pipeline.generator_cuda import constants
 
 VARIANTS: dict[str, tuple[Defines, ...]] = {
     "embedding/lookup.cu": (
@@ -32,5 +33,6 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
         (("DIM", 128), ("VECTORS", 27), ("FIRST", 1), ("NUMBER", "float"), ("RELU", 1)),
         (("DIM", 12), ("VECTORS", 70), ("FIRST", 0), ("NUMBER", "half_t"), ("RELU", 0)),
     ),
+    "pipeline/generator.cu": (constants(),),
 }  # fmt: skip
 """By source; a source that is not listed stands for itself, without macros."""

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
+from dlrm.config import DataConfig
 from dlrm.device import HostDevice
 from dlrm.errors import ConfigError, DataError
 from pipeline import generator_numba
@@ -144,3 +145,27 @@ def test_what_is_refused(tmp_path: Path) -> None:
         Manifest(
             name="x", layout="synthetic", tables=manifest.tables, splits={}, recipe=Recipe(seed=1, exponents=(1.0,))
         )
+
+
+def test_numbers_of_rows_for_a_device_that_makes_them(written: Any, rng: np.random.Generator) -> None:
+    """The device here is the host: the compiled rows, behind the same seam as a GPU's."""
+    _, folder = written
+    path = "synthetic:criteo-terabyte?rows=70000&seed=11&exponent=1.2&scale=1000"
+    disk, split = load_dataset(folder).split("validation"), load_dataset(path).split("validation")
+    device = HostDevice(threads=1)
+    made = split.rows_on(device)
+    data = DataConfig(path=path, batch_size=300, shuffle_window=1000, shuffle_block=int(rng.integers(1, 4)))
+    options: dict[str, Any] = {"seed": 3, "rank": 1, "ranks": 2, "device": device, "epochs": 2, "start_step": 4}
+    steps = 0
+    with disk.records(data, **options) as rows, split.records(data, numbers=True, **options) as numbers:
+        for one, other in zip(rows, numbers, strict=True):
+            records, logits = np.empty(one.records.shape, np.uint32), np.full(one.num_rows, np.nan, np.float32)
+            made.write(other.records.view(np.int64).reshape(-1), records, logits)
+            np.testing.assert_array_equal(records, one.records)
+            assert np.isfinite(logits).all()
+            assert (one.step, one.own) == (other.step, other.own)
+            steps += 1
+    assert steps == 20
+    for refused in (lambda: disk.rows_on(device), lambda: disk.records(data, numbers=True, **options)):
+        with pytest.raises(DataError, match="layout 'raw' has its rows in files"):
+            refused()
