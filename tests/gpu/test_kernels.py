@@ -35,7 +35,7 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
         return values.astype(dtype)
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+    return np.where(np.isnan(values), 0x7FC0, rounded.reshape(values.shape)).astype(np.uint16)
 
 
 def decode(array: Any) -> np.ndarray:
