@@ -12,9 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from dlrm.config import OptimizerConfig
 from dlrm.device import Array, Device
 from dlrm.errors import ConfigError
+from dlrm.scalars import GOOD_STEPS, LOSS_SCALE, NOT_FINITE, OVERFLOW, SKIPPED_STEPS, UNSCALE
 
 STATE_NAMES: dict[str, tuple[str, ...]] = {
     "sgd": (),
@@ -24,6 +27,70 @@ STATE_NAMES: dict[str, tuple[str, ...]] = {
     "ftrl": ("n", "z"),
 }
 """The state arrays of each kind."""
+
+LOSS_SCALE_LIMITS = (2.0**-14, 2.0**24)
+"""Dynamic loss scaling stays between these."""
+
+
+def constants(config: OptimizerConfig, step: int) -> tuple[float, ...]:
+    """What the kernels of a captured step find at ``scalars[DENSE]``: up to eight numbers, the learning rate aside.
+
+    Args:
+        config: kind and constants.
+        step: t, from 1.
+    """
+    match config.kind:
+        case "momentum":
+            return (config.momentum,)
+        case "adagrad":
+            return (config.eps,)
+        case "adam":
+            beta1, beta2 = config.beta1, config.beta2
+            return (beta1, 1 - beta1, beta2, 1 - beta2, config.eps, 1 - beta1**step, 1 - beta2**step)
+        case "ftrl":
+            return (config.ftrl_beta, config.l1, config.l2)
+        case _:
+            return ()
+
+
+def begin_step(guard: Array) -> None:
+    """A new step: forget what was not finite and what ran over; see ``dlrm.scalars``."""
+    guard.view(np.int32)[[NOT_FINITE, OVERFLOW]] = 0
+
+
+def check_finite(gradients: Array, guard: Array) -> None:
+    """Set NOT_FINITE in ``guard`` if a number of the flat ``gradients`` is infinite or none; never clear it."""
+    if not np.isfinite(gradients).all():
+        guard.view(np.int32)[NOT_FINITE] = 1
+
+
+def end_step(guard: Array, growth_interval: int, dynamic: bool) -> None:
+    """Count the step as good or skipped, and with dynamic loss scaling choose the next step's scale.
+
+    A skipped step halves the scale, ``growth_interval`` good ones in a row double it, within
+    ``LOSS_SCALE_LIMITS``. A step whose exchange ran over counts as neither: it is done again.
+
+    Args:
+        guard: see ``dlrm.scalars``; changed.
+        growth_interval: good steps after which the scale is doubled.
+        dynamic: whether the scale changes.
+    """
+    counts = guard.view(np.int32)
+    if counts[OVERFLOW]:
+        return
+    factor = np.float32(1)
+    if counts[NOT_FINITE]:
+        counts[SKIPPED_STEPS] += 1
+        counts[GOOD_STEPS] = 0
+        factor = np.float32(0.5)
+    else:
+        counts[GOOD_STEPS] += 1
+        if counts[GOOD_STEPS] >= growth_interval:
+            counts[GOOD_STEPS] = 0
+            factor = np.float32(2)
+    scale = guard[LOSS_SCALE] * factor
+    if dynamic and LOSS_SCALE_LIMITS[0] <= scale <= LOSS_SCALE_LIMITS[1]:
+        guard[LOSS_SCALE], guard[UNSCALE] = scale, 1 / scale
 
 
 class DenseOptimizer:

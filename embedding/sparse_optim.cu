@@ -26,7 +26,7 @@ KERNEL void __launch_bounds__(512) sgd_one_hot(
     const GRAD* __restrict__ gradients, const float* __restrict__ scalars, const float* __restrict__ guard) {
   DYNAMIC_SHARED(shared);
   if (blocked(guard)) return;
-  const float rate = -scalars[LR] * guard[UNSCALE];
+  const float rate = -scalars[SPARSE] * guard[UNSCALE];
   const int lane = threadIdx.x % LANES;
   const int warps = blockDim.x / LANES;
   const int groups = warps * GROUPS;

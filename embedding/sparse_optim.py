@@ -17,7 +17,7 @@ import numpy as np
 
 from dlrm.config import OptimizerConfig
 from dlrm.device import Array, Device
-from dlrm.scalars import LR, UNSCALE, is_blocked
+from dlrm.scalars import SPARSE, UNSCALE, is_blocked
 
 KINDS = ("sgd", "momentum", "adagrad", "rowwise_adagrad", "adam", "ftrl")
 """The compiled update knows a kind by its number here."""
@@ -61,7 +61,7 @@ def bytes_per_row(optimizer: OptimizerConfig, dim: int, itemsize: int) -> int:
 
 
 def constants(optimizer: OptimizerConfig, lr: float, step: int) -> Array:
-    """The numbers of one update: [6] float64, by kind.
+    """The numbers of one update: [8] float64, by kind.
 
     Args:
         optimizer: kind and constants.
@@ -75,13 +75,15 @@ def constants(optimizer: OptimizerConfig, lr: float, step: int) -> Array:
             values = [lr, optimizer.eps]
         case "adam":
             beta1, beta2 = optimizer.beta1, optimizer.beta2
-            # Both corrections are taken out of the loop: lr m / (1 - b1^t) and 1 / sqrt(1 - b2^t).
-            values = [lr / (1 - beta1**step), optimizer.eps, beta1, beta2, 1 / math.sqrt(1 - beta2**step)]
+            # Both corrections are taken out of the loop: lr m / (1 - b1^t) and 1 / sqrt(1 - b2^t). The differences
+            # are for float32 readers, which cannot take 0.999 from 1 exactly enough.
+            corrections = (lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step))
+            values = [corrections[0], optimizer.eps, beta1, beta2, corrections[1], 1 - beta1, 1 - beta2]
         case "ftrl":
             values = [lr, optimizer.ftrl_beta, optimizer.l1, optimizer.l2]
         case _:
             values = [lr]
-    return np.array(values + [0.0] * (6 - len(values)))
+    return np.array(values + [0.0] * (8 - len(values)))
 
 
 @dataclass(slots=True)
@@ -327,7 +329,7 @@ def sgd_one_hot(
     """
     if is_blocked(guard):
         return
-    rate = np.float32(scalars[LR]) * np.float32(guard[UNSCALE])
+    rate = np.float32(scalars[SPARSE]) * np.float32(guard[UNSCALE])
     keys = keys.reshape(len(row_start), num_rows)
     for table in range(len(row_start)):
         np.subtract.at(

@@ -144,7 +144,7 @@ def test_sgd_subtracts_every_gradient_once(dim: int, num_rows: int, dtype: str, 
 
     t = Tables(rng, dim, num_rows, "float32", "int32")
     gradients = encode(100 * rng.standard_normal((num_rows, 6, dim)), dtype)
-    scalars, guard = blocks(lr=0.5)
+    scalars, guard = blocks(lr=0.0, sparse=[0.5])
     weight = cupy.asarray(t.weight)
     arguments = [cupy.asarray(x) for x in (t.row_start, t.keys, t.place)]
     for flag in (NOT_FINITE, OVERFLOW):

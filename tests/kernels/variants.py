@@ -33,6 +33,11 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
         (("DIM", 128), ("VECTORS", 27), ("FIRST", 1), ("NUMBER", "float"), ("RELU", 1)),
         (("DIM", 12), ("VECTORS", 70), ("FIRST", 0), ("NUMBER", "half_t"), ("RELU", 0)),
     ),
+    "dlrm/loss.cu": ((("LABEL", "float"), ("GRAD", "half_t")), (("LABEL", "signed char"), ("GRAD", "float"))),
+    "dlrm/optim.cu": (
+        *((("KIND", kind), ("GRAD", "float"), ("COPY", "half_t"), ("WITH_COPY", 1)) for kind in range(5)),
+        (("KIND", 0), ("GRAD", "bfloat_t"), ("COPY", "bfloat_t"), ("WITH_COPY", 0)),
+    ),
     "pipeline/generator.cu": (constants(),),
 }  # fmt: skip
 """By source; a source that is not listed stands for itself, without macros."""

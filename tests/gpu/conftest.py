@@ -1,0 +1,93 @@
+"""Where a kernel's test runs: on the GPU if there is one, otherwise emulated on the CPU, thread by thread."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+CUDA_MODULES = ("dlrm.loss_cuda", "dlrm.optim_cuda")
+"""Launches that run emulated too."""
+
+
+def _sibling(name: str) -> ModuleType:
+    # Test folders are no packages.
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def _has_gpu() -> bool:
+    try:
+        import cupy
+
+        return int(cupy.cuda.runtime.getDeviceCount()) > 0
+    except Exception:  # no CuPy, or no driver: both mean no GPU
+        return False
+
+
+class Gpu:
+    """Arrays go to the GPU and come back."""
+
+    emulated = False
+
+    @staticmethod
+    def array(values: Any) -> Any:
+        """A copy on the GPU."""
+        import cupy
+
+        return cupy.asarray(values)
+
+    @staticmethod
+    def host(array: Any) -> np.ndarray:
+        """A copy on the host."""
+        return np.asarray(array.get())
+
+
+class Emulated:
+    """Arrays stay where they are."""
+
+    emulated = True
+
+    @staticmethod
+    def array(values: Any) -> np.ndarray:
+        """A C-contiguous copy that starts at 64 bytes."""
+        values = np.asarray(values)
+        raw = np.empty(values.nbytes + 64, np.uint8)
+        start = -raw.ctypes.data % 64
+        copy = raw[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+        copy[...] = values
+        return copy
+
+    @staticmethod
+    def host(array: Any) -> np.ndarray:
+        """A copy."""
+        return np.array(array)
+
+
+@pytest.fixture(scope="session")
+def _emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return _sibling("emulator").Emulator(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``Gpu`` or ``Emulated``, with the launches set up for it."""
+    if _has_gpu():
+        return Gpu
+    if not (sys.platform == "linux" and _sibling("emulator").compiler()):
+        pytest.skip("no GPU is visible, and no C++ compiler on Linux to run the CUDA sources with")
+    emulator = request.getfixturevalue("_emulator")
+    for name in CUDA_MODULES:
+        monkeypatch.setattr(importlib.import_module(name), "load", emulator.load)
+    return Emulated

@@ -1,0 +1,93 @@
+"""CUDA sources compiled by a C++ compiler and run on the CPU, for machines without a GPU (tests/kernels/*.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlrm.nvrtc import Defines
+
+ROOT = Path(__file__).parents[2]
+HEADERS = ROOT / "tests" / "kernels"
+TYPES = {
+    np.uint64: ctypes.c_uint64,
+    np.int64: ctypes.c_int64,
+    np.uint32: ctypes.c_uint32,
+    np.int32: ctypes.c_int32,
+    np.float32: ctypes.c_float,
+    np.float64: ctypes.c_double,
+}
+
+
+def compiler() -> str | None:
+    """A C++ compiler for this machine, or ``None``; ``_Float16`` and coroutines ask for x86-64 Linux."""
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+class EmulatedKernel:
+    """One kernel of a compiled source: called like ``dlrm.nvrtc.Launchable``, with NumPy arrays."""
+
+    multiprocessors = 3
+    shared_limit = 64 * 1024
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def __call__(self, blocks: int, threads: int, *arguments: Any, shared_bytes: int = 0) -> None:
+        if blocks == 0:
+            return
+        values = [
+            ctypes.c_void_p(argument.ctypes.data)
+            if isinstance(argument, np.ndarray)
+            else TYPES[type(argument)](argument.item())
+            for argument in arguments
+        ]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        stuck = self._function(
+            ctypes.c_uint(blocks), ctypes.c_uint(threads), ctypes.c_size_t(shared_bytes), ctypes.byref(pointers)
+        )
+        assert not stuck, "threads of the emulated kernel wait for each other for ever"
+
+
+class Emulator:
+    """Stands for ``dlrm.nvrtc.load``.
+
+    Args:
+        folder: for what is compiled.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._kernels: dict[tuple[Path, str, Defines], EmulatedKernel] = {}
+
+    def load(self, source: Path, name: str, defines: Defines = ()) -> EmulatedKernel:
+        """Kernel ``name`` of a source, compiled once."""
+        key = (source, name, defines)
+        if key not in self._kernels:
+            self._kernels[key] = EmulatedKernel(self._compile(source, name, defines))
+        return self._kernels[key]
+
+    def _compile(self, source: Path, name: str, defines: Defines) -> Any:
+        text = source.read_text(encoding="utf-8")
+        assert re.search(rf"KERNEL void[^;{{]*\b{name}\(", text), f"{source.name} has no kernel {name}"
+        entry = (
+            f'#include "emulation_blocks.h"\n#include "{source}"\n'
+            'extern "C" int emulate(unsigned blocks, unsigned threads, size_t shared_bytes, void** arguments) {\n'
+            f"  return emulated::launch_blocks(blocks, threads, shared_bytes, {name}, arguments);\n}}\n"
+        )
+        stem = f"{source.stem}-{name}-{hashlib.sha256(repr(defines).encode()).hexdigest()[:16]}"
+        place, library = self._folder / f"{stem}.cpp", self._folder / f"{stem}.so"
+        place.write_text(entry, encoding="utf-8")
+        macros = [f"-D{macro}={value}" for macro, value in (("CROSSLANE_ARCH", 90), *defines)]
+        flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", f"-I{HEADERS}", f"-I{ROOT}"]
+        command = [str(compiler()), *flags, *macros, str(place), "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return ctypes.CDLL(str(library)).emulate

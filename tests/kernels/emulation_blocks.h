@@ -1,0 +1,193 @@
+// Stands in front of a CUDA source that a C++ compiler takes: the threads of a block as coroutines, so that barriers,
+// warp-wide exchanges and shared memory work; the blocks one after the other. Between two barriers the threads take
+// turns in an order that changes every time: a barrier that is missing shows.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "emulation.h"
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#define SHARED static
+#define DYNAMIC_SHARED(name) unsigned char* name = emulated::shared.data()
+
+namespace emulated {
+
+constexpr unsigned WARP = 32;
+constexpr size_t STACK_BYTES = 128 * 1024;
+
+struct Barrier { unsigned waiting = 0, generation = 0; };
+
+struct Warp {
+  unsigned long long given[WARP];
+  std::map<unsigned, Barrier> barriers;  // by mask
+};
+
+static std::vector<unsigned char> shared;
+static std::vector<Warp> warps;
+static Barrier block_barrier;
+static std::vector<ucontext_t> threads;
+static std::vector<char> ended, stacks;
+static ucontext_t scheduler;
+static unsigned current, living;
+static unsigned long long turns = 88172645463325252ull;
+static bool moved;
+
+inline void pause() { swapcontext(&threads[current], &scheduler); }
+
+inline void arrive(Barrier& barrier, unsigned expected) {
+  const unsigned generation = barrier.generation;
+  moved = true;
+  if (++barrier.waiting == expected) {
+    barrier.waiting = 0;
+    ++barrier.generation;
+    return;
+  }
+  while (barrier.generation == generation) pause();
+  moved = true;
+}
+
+inline void arrive_warp(unsigned mask) {
+  arrive(warps[current / WARP].barriers[mask], unsigned(__builtin_popcount(mask)));
+}
+
+template <typename T>
+T exchange(unsigned mask, T value, unsigned source) {
+  Warp& warp = warps[current / WARP];
+  unsigned long long bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  warp.given[current % WARP] = bits;
+  arrive_warp(mask);
+  bits = warp.given[source % WARP];
+  arrive_warp(mask);
+  T result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+template <typename... A, size_t... I>
+void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+  kernel(*static_cast<std::remove_reference_t<A>*>(arguments[I])...);
+}
+
+template <typename... A>
+struct Body {
+  static void (*kernel)(A...);
+  static void** arguments;
+  static void run() {
+    call(kernel, arguments, std::index_sequence_for<A...>());
+    ended[current] = 1;
+    --living;
+    moved = true;
+    swapcontext(&threads[current], &scheduler);
+  }
+};
+template <typename... A> void (*Body<A...>::kernel)(A...);
+template <typename... A> void** Body<A...>::arguments;
+
+// 0, or 1 when threads wait for ever.
+template <typename... A>
+int launch_blocks(unsigned blocks, unsigned count, size_t shared_bytes, void (*kernel)(A...), void** arguments) {
+  Body<A...>::kernel = kernel;
+  Body<A...>::arguments = arguments;
+  stacks.resize(count * STACK_BYTES);
+  gridDim.x = blocks, blockDim.x = count;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+    shared.assign(shared_bytes + 16, 0xFF);  // not a number
+    warps.assign((count + WARP - 1) / WARP, Warp());
+    threads.assign(count, ucontext_t());
+    ended.assign(count, 0);
+    block_barrier = Barrier();
+    living = count;
+    for (unsigned t = 0; t < count; ++t) {
+      getcontext(&threads[t]);
+      threads[t].uc_stack.ss_sp = stacks.data() + t * STACK_BYTES;
+      threads[t].uc_stack.ss_size = STACK_BYTES;
+      makecontext(&threads[t], Body<A...>::run, 0);
+    }
+    while (living) {
+      turns ^= turns << 13, turns ^= turns >> 7, turns ^= turns << 17;
+      const unsigned start = unsigned(turns % count);
+      const bool backwards = turns >> 40 & 1;
+      moved = false;
+      for (unsigned i = 0; i < count; ++i) {
+        current = (start + (backwards ? count - i : i)) % count;
+        if (ended[current]) continue;
+        threadIdx.x = current;
+        swapcontext(&scheduler, &threads[current]);
+      }
+      if (!moved) return 1;
+    }
+  }
+  return 0;
+}
+
+}  // namespace emulated
+
+inline void __syncthreads() { emulated::arrive(emulated::block_barrier, blockDim.x); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { emulated::arrive_warp(mask); }
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  const unsigned lane = emulated::current % 32;
+  return emulated::exchange(mask, value, lane / width * width + unsigned(source) % width);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
+  const unsigned lane = emulated::current % 32;
+  (void)width;
+  return emulated::exchange(mask, value, lane ^ unsigned(bits));
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32) {
+  const unsigned lane = emulated::current % 32;
+  return emulated::exchange(mask, value, lane % width >= distance ? lane - distance : lane);
+}
+inline unsigned __ballot_sync(unsigned mask, bool vote) {
+  emulated::Warp& warp = emulated::warps[emulated::current / 32];
+  warp.given[emulated::current % 32] = vote;
+  emulated::arrive_warp(mask);
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if (mask >> lane & 1) votes |= unsigned(warp.given[lane] != 0) << lane;
+  }
+  emulated::arrive_warp(mask);
+  return votes;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
+inline int __clz(unsigned bits) { return bits ? __builtin_clz(bits) : 32; }
+
+template <typename T>
+T atomicAdd(T* address, T value) {
+  const T before = *address;
+  *address = before + value;
+  return before;
+}
+inline void reduce_add_4(float* target, float4 v) {
+  target[0] += v.x, target[1] += v.y, target[2] += v.z, target[3] += v.w;
+}
+
+inline float half_to_float(unsigned short bits) {
+  _Float16 value;
+  std::memcpy(&value, &bits, 2);
+  return float(value);
+}
+inline unsigned half_bits(float value) {
+  const _Float16 rounded = _Float16(value);
+  unsigned short bits;
+  std::memcpy(&bits, &rounded, 2);
+  return bits;
+}
+inline unsigned pack_half(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
+inline unsigned bfloat_bits(float value) {
+  const unsigned bits = float_to_bits(value);
+  return value != value ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+inline unsigned pack_bfloat(float low, float high) { return bfloat_bits(low) | bfloat_bits(high) << 16; }
