@@ -5,6 +5,7 @@
     CrosslaneError              1  anything below without a code of its own
     ├── ConfigError             2  a config, an option or an argument is wrong
     ├── DataError               3  a data set, file, row or key is wrong or missing
+    │   └── FaultyDataError     9  a check of a data set came to its end and found faults
     ├── DeviceError             4  the device that was asked for is not there or failed
     ├── CommError               5  ranks cannot reach each other, or disagree
     ├── CheckpointError         6  a checkpoint is missing, damaged or of another model
@@ -35,6 +36,12 @@ class DataError(CrosslaneError):
     """A data set, file, row or key is wrong or missing."""
 
     exit_code = 3
+
+
+class FaultyDataError(DataError):
+    """A check of a data set came to its end and found faults."""
+
+    exit_code = 9
 
 
 class DeviceError(CrosslaneError):

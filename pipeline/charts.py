@@ -86,6 +86,15 @@ def probability_axis(label: str, low: float, high: float) -> Axis:
     return Axis(label=label, low=low, high=high, ticks=tuple(ticks))
 
 
+def decade_axis(label: str, low: float, high: float) -> Axis:
+    """An axis over decimal logarithms, from whole decade to whole decade; ticks read as the numbers themselves."""
+    start, end = math.floor(low + 1e-9), math.ceil(high - 1e-9)
+    end = max(end, start + 1)
+    step = max(1, -(-(end - start) // 7))
+    ticks = tuple((float(at), plain(10.0**at)) for at in range(start, end + 1, step))
+    return Axis(label=label, low=start, high=end, ticks=ticks)
+
+
 def _round_step(rough: float) -> float:
     power = 10.0 ** math.floor(math.log10(rough))
     return power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
@@ -111,9 +120,26 @@ class Mark:
     hints: Sequence[str] = field(default=())
 
 
-def draw(*, title: str, description: str, x: Axis, y: Axis, marks: Sequence[Mark]) -> str:
-    """One chart as an ``<svg>`` element."""
-    name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+def outline(edges: Sequence[float], heights: Sequence[float]) -> list[Point]:
+    """The upper line of a histogram's bars."""
+    points: list[Point] = []
+    for left, right, height in zip(edges, edges[1:], heights, strict=False):
+        points += [(left, height), (right, height)]
+    return points
+
+
+def draw(*, title: str, description: str, x: Axis, y: Axis, marks: Sequence[Mark], name: str = "") -> str:
+    """One chart as an ``<svg>`` element.
+
+    Args:
+        title: for screen readers, as is the description.
+        description: what there is to see.
+        x: from left to right.
+        y: from bottom to top.
+        marks: drawn in this order.
+        name: makes the identifiers of a page's charts unique where titles do not.
+    """
+    name = name or re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-labelledby="{name}-title {name}-desc">',
         f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>',

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from dlrm.errors import ConfigError, CrosslaneError
+from pipeline.cli_check import data_check
 from pipeline.cli_convert import convert
 from pipeline.cli_criteo import prepare_criteo
 from pipeline.cli_data import ManyValues, data_app, prepare_app, synth
@@ -234,6 +235,7 @@ def _first_comment(path: Path) -> str:
 
 
 prepare_app.command("criteo", cls=ManyValues)(prepare_criteo)
+data_app.command("check")(data_check)
 app.add_typer(prepare_app, name="prepare", rich_help_panel="Data")
 app.add_typer(data_app, name="data", rich_help_panel="Data")
 app.command(rich_help_panel="Data")(synth)

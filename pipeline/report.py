@@ -7,16 +7,11 @@ dark setting, and it prints. docs/report.md explains every key and every figure.
 from __future__ import annotations
 
 import datetime as dt
-import importlib.resources
 import json
-import math
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from markupsafe import Markup
 
@@ -24,6 +19,7 @@ from dlrm.errors import CrosslaneError
 from pipeline import report_charts
 from pipeline.curves import Curves
 from pipeline.metrics import Metrics
+from pipeline.page import count, duration, finite, render_page, replace_file, show_value
 
 # Above this many step records the report keeps every second, third, ... and the last.
 MAX_STEP_RECORDS = 2000
@@ -71,7 +67,7 @@ def build_report(
         "history": _thin(history),
         "run": dict(run_info or {}),
     }
-    cleaned: dict[str, Any] = _finite(report)
+    cleaned: dict[str, Any] = finite(report)
     return cleaned
 
 
@@ -92,7 +88,7 @@ def write_report(directory: str | Path, report: Mapping[str, Any]) -> tuple[Path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-        return _replace(folder / "report.json", text), _replace(folder / "report.html", render_html(report))
+        return replace_file(folder / "report.json", text), replace_file(folder / "report.html", render_html(report))
     except OSError as error:
         raise CrosslaneError(
             f"report {error.filename or folder}: {error.strerror or error}; name a folder that can be written"
@@ -101,17 +97,13 @@ def write_report(directory: str | Path, report: Mapping[str, Any]) -> tuple[Path
 
 def render_html(report: Mapping[str, Any]) -> str:
     """The report as one self-contained HTML page."""
-    source = importlib.resources.files("pipeline").joinpath("report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(count=count, duration=duration, value=show_value)
     charts = {
         name: Markup(getattr(report_charts, f"{name}_chart")(report))  # noqa: S704 every text in it is escaped there
         for name in ("roc", "precision_recall", "calibration", "histogram", "loss", "auc")
     }
     run, dataset = report["run"], report["dataset"]
-    return environment.from_string(source).render(
+    return render_page(
+        "report.html",
         report=report,
         name=str(report["config"].get("name", "run")),
         charts=charts,
@@ -234,39 +226,6 @@ def stage_rows(stages_ms: Mapping[str, float] | None) -> list[dict[str, str]]:
     ]
 
 
-def count(value: float) -> str:
-    """A count with separated thousands."""
-    return f"{value:,.0f}"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds in the two largest units that matter."""
-    if seconds is None:
-        return "\N{EN DASH}"
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 120:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min"
-
-
-def show_value(value: Any) -> str:
-    """A plain value as text for a table."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return count(value)
-    if isinstance(value, float):
-        return f"{value:,.6g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {show_value(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(show_value(item) for item in value)
-    return "" if value is None else str(value)
-
-
 def _majority(rate: float | None) -> str:
     return "" if rate is None else f"the larger class alone: {max(rate, 1 - rate):.4f}"
 
@@ -286,26 +245,3 @@ def _thin(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 continue
         kept.append({key: record[key] for key in _HISTORY_FIELDS if key in record})
     return kept
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _replace(path: Path, text: str) -> Path:
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-    return path

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.charts import Axis, Mark, Point, draw, linear_axis, logit, percent, plain, probability_axis
+from pipeline.charts import Axis, Mark, Point, draw, linear_axis, logit, outline, percent, plain, probability_axis
 
 Values = Mapping[str, Any]
 
@@ -104,7 +104,7 @@ def histogram_chart(report: Values) -> str:
         if total:
             shares = [count / total for count in counts]
             tops.append(max(shares))
-            marks.append(Mark(points=_outline(edges, shares), tone=tone, kind="area", label=f"{label}, {total:,} rows"))
+            marks.append(Mark(points=outline(edges, shares), tone=tone, kind="area", label=f"{label}, {total:,} rows"))
     return draw(
         title="Predictions by class",
         description="Share of the rows of each class in 50 bins of the predicted probability, on a logit scale.",
@@ -204,13 +204,6 @@ def _wilson(rate: float, count: float) -> tuple[float, float]:
     middle = (rate + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
     return _held_logit(middle - half, 1e-9), _held_logit(middle + half, 1e-9)
-
-
-def _outline(edges: Sequence[float], heights: Sequence[float]) -> list[Point]:
-    points: list[Point] = []
-    for left, right, height in zip(edges, edges[1:], heights, strict=False):
-        points += [(left, height), (right, height)]
-    return points
 
 
 def _base_entropy(rate: float | None) -> float | None:

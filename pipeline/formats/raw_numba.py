@@ -52,7 +52,8 @@ def gather_head(
 
 
 @njit(nogil=True, inline="always")
-def _key(words: Any, row: int, word: int, wide: bool) -> Any:
+def key_at(words: Any, row: int, word: int, wide: bool) -> Any:
+    """The key that starts at a word of a row."""
     if wide:
         low = np.int64(words[row, word]) & np.int64(0xFFFFFFFF)
         return (np.int64(words[row, word + 1]) << np.int64(32)) | low
@@ -78,7 +79,7 @@ def gather_one_hot(
     for i in range(rows.size):
         row, b = rows[i], places[i]
         for t in range(table_rows.size):
-            key = _key(words, row, first + t * step, wide)
+            key = key_at(words, row, first + t * step, wide)
             if key < 0 or key >= table_rows[t]:
                 return b, t
             keys[t, b] = key
@@ -120,7 +121,7 @@ def count_keys(
             present = 0
             least = -1 if missing_keys or columns[t + 1] - columns[t] > 1 else 0
             for h in range(columns[t], columns[t + 1]):
-                key = _key(words, row, first + h * step, wide)
+                key = key_at(words, row, first + h * step, wide)
                 if key < least or key >= table_rows[t]:
                     return b, h
                 present += key >= 0
@@ -139,7 +140,7 @@ def fill_keys(
         for t in range(columns.size - 1):
             k = offsets[t, b]
             for h in range(columns[t], columns[t + 1]):
-                key = _key(words, row, first + h * step, wide)
+                key = key_at(words, row, first + h * step, wide)
                 if key >= 0:
                     keys[k] = key
                     k += 1
@@ -172,7 +173,7 @@ def fill_weights(
         for t in range(columns.size - 1):
             k = offsets[t, b]
             for h in range(columns[t], columns[t + 1]):
-                if _key(words, row, first + h * step, wide) >= 0:
+                if key_at(words, row, first + h * step, wide) >= 0:
                     weight = floats[row, first_weight + h]
                     if not math.isfinite(weight):
                         return b, h
@@ -195,6 +196,6 @@ def key_range(words: Any, first: int, wide: bool, smallest: Any, largest: Any) -
     step = 2 if wide else 1
     for b in range(words.shape[0]):
         for h in range(smallest.size):
-            key = _key(words, b, first + h * step, wide)
+            key = key_at(words, b, first + h * step, wide)
             smallest[h] = min(smallest[h], key)
             largest[h] = max(largest[h], key)
