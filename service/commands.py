@@ -19,7 +19,7 @@ from service import job_verbs
 
 EPILOG = (
     "Exit codes: 0 done; 1 unexpected failure; 2 wrong config, option or argument; 3 data; 4 device; "
-    "5 communication between ranks; 6 checkpoint; 7 launch, or a rank died; 8 control service; "
+    "5 communication between ranks; 6 checkpoint; 7 launch, or a rank died; 8 control service; 9 faulty data; "
     "75 stopped on request after a checkpoint (the same command resumes); 130 interrupted."
 )
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dlrm.errors import ConfigError
 from pipeline.check.tally import FULL, GROUPS, HEAD, key_groups
 
-_PIECE = 1 << 22
+_PIECE = 1 << 18
 _SIGMAS = 10
 """How far counts must contradict the order of frequency to be no matter of chance, also among millions of rows."""
 

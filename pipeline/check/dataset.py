@@ -82,13 +82,18 @@ def check_dataset(
     manifest, finding = _manifest(directory)
     if manifest is None:
         return _values(directory.resolve().name, directory, [finding], started, 0, {})
+    if manifest.layout == "synthetic":
+        raise DataError(
+            f"data set {directory}: layout 'synthetic' has no files to check, since its rows are made as they are "
+            "read; write them with `crosslane synth` without --recipe-only"
+        )
     reference = "train" if "train" in manifest.splits else next(iter(manifest.splits), None)
     counters = Counters([table.rows for table in manifest.tables], _budget(memory_limit))
     scans, num_bytes = _scan(directory, manifest, counters, reference, checksums, progress)
     figures: dict[str, Any] = {"splits": {}, "dense": [], "tables": []}
     findings = [finding, *_hard_findings(manifest, scans, checksums)]
     if reference is not None:
-        describer = Describer(manifest, counters, scans, reference)
+        describer = Describer(manifest, counters, scans, reference, threads_per_rank())
         figures = describer.figures()
         findings += _soft_findings(manifest, figures, reference, drift_limit)
     return _values(manifest.name, directory, findings, started, num_bytes, figures | {"reference": reference})

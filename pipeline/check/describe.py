@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,9 @@ _NEGATIVE = slice(VALUE_BINS // 2 + 1, None)
 class Describer:
     """Puts figures together out of counts."""
 
-    def __init__(self, manifest: Manifest, counters: Counters, scans: dict[str, SplitScan], reference: str) -> None:
+    def __init__(
+        self, manifest: Manifest, counters: Counters, scans: dict[str, SplitScan], reference: str, threads: int
+    ) -> None:
         """Take over what was counted.
 
         Args:
@@ -33,7 +36,9 @@ class Describer:
             counters: of the reference's look-ups.
             scans: by split.
             reference: the split that others are compared with.
+            threads: that go through the counters.
         """
+        self._threads = threads
         self._manifest = manifest
         self._counters = counters
         self._scans = scans
@@ -42,10 +47,12 @@ class Describer:
 
     def figures(self) -> dict[str, Any]:
         """``splits``, ``dense`` and ``tables``, as plain values."""
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="check") as pool:
+            tables = list(pool.map(self._table, range(len(self._manifest.tables))))
         return {
             "splits": {name: self._split(name) for name in self._scans},
             "dense": [self._dense(n) for n in range(len(self._manifest.dense.names))],
-            "tables": [self._table(t) for t in range(len(self._manifest.tables))],
+            "tables": tables,
         }
 
     def _split(self, name: str) -> dict[str, Any]:
