@@ -45,6 +45,10 @@ DEVICE uint32 pack_bfloat(float low, float high) {
 DEVICE float bits_to_float(uint32 bits) { return __uint_as_float(bits); }
 DEVICE uint32 float_to_bits(float value) { return __float_as_uint(value); }
 
+// Each rounded by itself, whatever the compiler would like to fuse.
+DEVICE double plus(double a, double b) { return __dadd_rn(a, b); }
+DEVICE double times(double a, double b) { return __dmul_rn(a, b); }
+
 // Data that no kernel writes meanwhile: through the first-level cache, which then serves repeated rows.
 DEVICE uint4 read_16(const void* address) {
   uint4 v;
@@ -170,6 +174,22 @@ DEVICE float4 scaled(float factor, float4 v) {
 }
 DEVICE float4 add_scaled(float4 sum, float factor, float4 v) {
   return make_float4(sum.x + factor * v.x, sum.y + factor * v.y, sum.z + factor * v.z, sum.w + factor * v.w);
+}
+
+// Philox4x32-10: the four words of a counter (dlrm/philox.py).
+DEVICE uint4 philox(uint32 c0, uint32 c1, uint32 c2, uint32 c3, uint64 seed) {
+  uint32 key0 = uint32(seed), key1 = uint32(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const uint64 product0 = uint64(c0) * 0xD2511F53u, product1 = uint64(c2) * 0xCD9E8D57u;
+    c0 = uint32(product1 >> 32) ^ c1 ^ key0;
+    c1 = uint32(product1);
+    c2 = uint32(product0 >> 32) ^ c3 ^ key1;
+    c3 = uint32(product0);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return make_uint4(c0, c1, c2, c3);
 }
 
 // The two blocks of scalars (dlrm/scalars.py has the same places): what the host sends for every step ...

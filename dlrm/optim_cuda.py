@@ -2,9 +2,9 @@
 
 All take flat arrays that start at 16 bytes: ``parameters`` [N] float32, changed; ``gradients`` [N] float32, float16 or
 bfloat16, times the loss scale; the state [N] float32, changed; ``weights`` [N] float16 or bfloat16, written, the
-copy of the parameters that the products read, or ``None``; ``scalars`` and ``guard``: see ``dlrm.scalars``. The learning
-rate is ``scalars[LR]``, the other constants begin at ``scalars[DENSE]`` (``optim.constants``). Nothing is written
-when ``guard`` says that a gradient is not finite or an exchange ran over.
+copy of the parameters that the products read, or ``None``; ``scalars`` and ``guard``: see ``dlrm.scalars``. The
+learning rate is ``scalars[LR]``, the other constants begin at ``scalars[DENSE]`` (``optim.constants``). Nothing is
+written when ``guard`` says that a gradient is not finite or an exchange ran over.
 """
 
 from __future__ import annotations
@@ -54,10 +54,9 @@ def ftrl(parameters: Any, gradients: Any, n: Any, z: Any, weights: Any | None, s
 def _step(
     kind: str, parameters: Any, gradients: Any, state: tuple[Any, ...], weights: Any | None, scalars: Any, guard: Any
 ) -> None:
-    copy = "half_t" if weights is None else c_type(weights)
-    defines = (
-        ("KIND", KINDS.index(kind)), ("GRAD", c_type(gradients)), ("COPY", copy), ("WITH_COPY", int(weights is not None)),
-    )  # fmt: skip
+    copy = ("half_t", 0) if weights is None else (c_type(weights), 1)
+    types = (("GRAD", c_type(gradients)), ("COPY", copy[0]), ("WITH_COPY", copy[1]))
+    defines = (("KIND", KINDS.index(kind)), *types)
     kernel = load(SOURCE, "dense_step", defines)
     first, second, *_ = (*state, parameters, parameters)  # what a kind does not have, it does not touch
     target = parameters if weights is None else weights

@@ -19,6 +19,7 @@ static dim3_t blockIdx, blockDim, threadIdx, gridDim;
 
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 
 inline float bits_to_float(unsigned bits) { float v; std::memcpy(&v, &bits, 4); return v; }
@@ -36,6 +37,8 @@ unsigned pack_bfloat(float, float);
 // The compiler is told not to fuse (-ffp-contract=off).
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline double plus(double a, double b) { return a + b; }
+inline double times(double a, double b) { return a * b; }
 
 template <typename Kernel, typename... Arguments>
 void launch(unsigned blocks, unsigned threads, Kernel kernel, Arguments... arguments) {

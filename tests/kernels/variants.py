@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dlrm.nvrtc import Defines
+from dlrm.philox_cuda import constants as philox_constants
 from pipeline.generator_cuda import constants
 
 VARIANTS: dict[str, tuple[Defines, ...]] = {
@@ -38,6 +39,7 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
         *((("KIND", kind), ("GRAD", "float"), ("COPY", "half_t"), ("WITH_COPY", 1)) for kind in range(5)),
         (("KIND", 0), ("GRAD", "bfloat_t"), ("COPY", "bfloat_t"), ("WITH_COPY", 0)),
     ),
+    "dlrm/philox.cu": tuple((*philox_constants(), ("OUT", kind)) for kind in ("float", "half_t")),
     "pipeline/generator.cu": (constants(),),
 }  # fmt: skip
 """By source; a source that is not listed stands for itself, without macros."""
