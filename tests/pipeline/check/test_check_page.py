@@ -180,7 +180,14 @@ def test_a_browser_draws_the_page_within_its_width(tmp_path: Path, rng: np.rando
         ".width > 200)].join() + document.querySelectorAll('svg').length })</script></body>"
     )
     probe.write_text(page.read_text(encoding="utf-8").replace("</body>", script), encoding="utf-8")
-    common = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path / 'profile'}"]
+    common = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     for size in ("1280,900", "420,900"):
         done = subprocess.run(
             [*common, f"--window-size={size}", "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=60
