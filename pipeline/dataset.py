@@ -187,6 +187,10 @@ class Split:
             direct = prefers_direct(sum(file.bytes for file in self._info.files))
         return RecordFiles(self._dataset.path, self._dataset.manifest, self._info, self._reader.files, direct=direct)
 
+    def release(self, start: int, stop: int) -> None:
+        """Let go of the memory that rows ``start .. stop`` take as mapped pages; they may be read again."""
+        self._reader.release(start, stop)
+
     def will_need(self, start: int, stop: int) -> None:
         """Ask the system to read rows ``start .. stop`` ahead into its page cache; returns at once."""
         self._reader.will_need(start, stop)

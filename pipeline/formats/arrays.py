@@ -8,6 +8,7 @@ Shapes: R rows of an array, C columns.
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import tempfile
 import zipfile
@@ -22,6 +23,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from dlrm.errors import DataError
+from pipeline.formats.batch import release_pages
 
 _COPIED_BYTES = 1 << 20
 
@@ -34,17 +36,27 @@ class StoredArray:
         name: of the file, and of the array in it, for messages.
         values: [R] or [R, C], mapped read-only.
         start: byte of the first value in the .npy data.
+        mapped: the whole .npy data; ``None`` where there is no value.
     """
 
     name: str
     values: NDArray[Any]
     start: int
+    mapped: mmap.mmap | None = None
 
     def where(self, row: int, column: int = 0) -> str:
         """File, row and byte of a value."""
         rows, columns = self.values.shape[0], self.values.shape[1] if self.values.ndim > 1 else 1
         place = row * columns + column if self.values.flags.c_contiguous else column * rows + row
         return f"{self.name}: row {row} (byte {self.start + place * self.values.itemsize})"
+
+    def release(self, start: int, stop: int) -> None:
+        """Let go of the mapped pages of rows ``start .. stop``."""
+        rows, columns = self.values.shape[0], self.values.shape[1] if self.values.ndim > 1 else 1
+        lines, line = (1, columns) if self.values.flags.c_contiguous else (columns, 1)
+        for number in range(lines):
+            first, last = (self.start + (number * rows + row * line) * self.values.itemsize for row in (start, stop))
+            release_pages(self.mapped, first, last)
 
     def expect(self, kinds: str, shape: Sequence[int | None]) -> None:
         """Refuse another type or shape.
@@ -100,11 +112,11 @@ def _map(file: IO[bytes], name: str, size: int) -> StoredArray:
     if size != wanted:
         kind = "truncated" if size < wanted else "oversized"
         raise DataError(f"{name}: {kind}, {size} bytes where its header needs {wanted}; copy the file again")
-    order = "F" if by_columns else "C"
     if size == start:
         return StoredArray(name, np.empty(shape, dtype, order="F" if by_columns else "C"), start)
-    mapped: NDArray[Any] = np.memmap(file, dtype, "r", start, shape, order="F" if order == "F" else "C")
-    return StoredArray(name, mapped, start)
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    values = np.frombuffer(mapped, dtype, offset=start).reshape(shape, order="F" if by_columns else "C")
+    return StoredArray(name, values, start, mapped)
 
 
 def open_npz(path: Path, names: Sequence[str]) -> dict[str, StoredArray]:
@@ -193,10 +205,12 @@ def write_npz(path: Path, members: Mapping[str, Path]) -> None:
             file.unlink()
 
 
-def largest_keys(arrays: Sequence[NDArray[Any]], block_rows: int) -> list[int]:
+def largest_keys(arrays: Sequence[StoredArray], block_rows: int) -> list[int]:
     """Largest value of each column of arrays [R, C] that lie one after the other; -1 where there is no row."""
-    largest = np.full(arrays[0].shape[1], -1, np.int64)
+    largest = np.full(arrays[0].values.shape[1], -1, np.int64)
     for array in arrays:
-        for start in range(0, array.shape[0], block_rows):
-            largest = np.maximum(largest, array[start : start + block_rows].max(axis=0).astype(np.int64))
+        for start in range(0, array.values.shape[0], block_rows):
+            part = array.values[start : start + block_rows]
+            largest = np.maximum(largest, part.max(axis=0).astype(np.int64))
+            array.release(start, start + part.shape[0])
     return [int(key) for key in largest]

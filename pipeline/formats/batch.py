@@ -17,6 +17,10 @@ from dlrm.errors import DataError
 from embedding.jagged import Jagged
 
 
+_AROUND = 1 << 16
+"""Whoever touches a page gets those around it mapped as well."""
+
+
 @dataclass(slots=True)
 class HostBatch:
     """Rows of a split in host memory.
@@ -84,6 +88,23 @@ class MappedFile:
             return
         start -= start % mmap.PAGESIZE
         self._map.madvise(mmap.MADV_WILLNEED, start, stop - start)
+
+    def release(self, start: int, stop: int) -> None:
+        """Let go of the pages before byte ``stop`` that were touched from byte ``start`` on."""
+        release_pages(self._map, start, stop)
+
+
+def release_pages(mapped: mmap.mmap | None, start: int, stop: int) -> None:
+    """Let go of mapped pages up to byte ``stop`` that reading from byte ``start`` on brought in.
+
+    Rows that have gone by need no memory. The pages stay in the system's page cache and come back when they are
+    touched, but no longer count as this process's.
+    """
+    start = max(0, start - _AROUND)
+    start -= start % mmap.PAGESIZE
+    stop -= stop % mmap.PAGESIZE
+    if mapped is not None and stop > start and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 def size_fault(path: Path, found: int, expected: int) -> str:

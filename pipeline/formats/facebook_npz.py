@@ -79,6 +79,8 @@ class FacebookSource:
                         "no logarithm can be taken; set it to 0, as facebookresearch/dlrm does"
                     )
                 yield check_block(make_block(labels, dense, keys), self.schema, _Where(arrays, start))
+                for array in arrays.values():
+                    array.release(part.start, part.stop)
 
 
 def _open(path: Path) -> dict[str, StoredArray]:
@@ -96,7 +98,7 @@ def _largest(path: Path, keys: StoredArray) -> list[int]:
         counts = open_npz(path, [_COUNTS])[_COUNTS]
         counts.expect("iu", (keys.values.shape[1],))
         return [int(count) - 1 for count in counts.values]
-    return largest_keys([keys.values], _SCANNED_ROWS)
+    return largest_keys([keys], _SCANNED_ROWS)
 
 
 def _whole(array: StoredArray, part: slice) -> Any:

@@ -29,6 +29,7 @@ class _TableFiles:
         self.table = table
         self.path = files["keys"].path
         self.bounds_path = files["offsets"].path
+        self._files = files
         self.bounds: Rows = files["offsets"].view(np.int64)
         itemsize = np.dtype(manifest.key_dtype).itemsize
         if files["keys"].data.size != int(self.bounds[-1]) * itemsize:
@@ -54,6 +55,14 @@ class _TableFiles:
                 f"{self.bounds_path}: row {row}: offsets {int(self.bounds[row])} and {int(self.bounds[row + 1])} "
                 f"are not a bag inside {self.keys.size} keys; prepare the data set again"
             )
+
+    def release(self, start: int, stop: int) -> None:
+        """Let go of the mapped pages of rows ``start .. stop``."""
+        first, last = int(self.bounds[start]), int(self.bounds[stop])
+        self._files["offsets"].release(8 * start, 8 * stop)
+        self._files["keys"].release(first * self.keys.itemsize, last * self.keys.itemsize)
+        if self.weights is not None:
+            self._files["weights"].release(4 * first, 4 * last)
 
     def copy(self, rows: Rows, starts: Rows, keys: NDArray[Any], weights: NDArray[np.float32] | None) -> None:
         b, place = jagged_numba.copy_bags(self.bounds, self.keys, rows, self.table.rows, starts, keys)
@@ -112,3 +121,9 @@ class JaggedReader:
     def will_need(self, start: int, stop: int) -> None:
         """Have labels and dense columns of rows ``start .. stop`` read ahead into the page cache."""
         self.files.will_need(start, stop)
+
+    def release(self, start: int, stop: int) -> None:
+        """Let go of the mapped pages of rows ``start .. stop``."""
+        self.files.release(start, stop)
+        for table in self._tables:
+            table.release(start, stop)

@@ -110,6 +110,7 @@ class NormSource:
             block = make_block(labels, dense.view(np.float32), keys)
             where = _Where(file, start, starts, columns)
             yield check_block(block, schema, where)
+            file.file.release(int(starts[0]), byte)
         file.check_end(byte)
 
 

@@ -19,6 +19,7 @@ from pipeline.formats.norm_samples import BAD_COUNT, BAD_LABEL, BAD_LENGTH, BAD_
 
 HEADER_BYTES = 64
 FRAME_BYTES = 5  # a length before, a sum behind
+_SCANNED_ROWS = 1 << 16
 _MOST_DIM = 1 << 20  # no header with more columns than that is meant so
 
 
@@ -87,10 +88,14 @@ class NormFile:
     def scan(self, longest: Any, largest: Any) -> None:
         """Walk all samples; raises ``longest`` and ``largest`` [T]."""
         header = self.header
-        outcome, row, byte, number = norm_samples_numba.scan_samples(
-            self.file.data, header.start, header.records, header.framed, header.num_dense, self.wide, longest, largest
-        )
-        self.check(outcome, row, byte, number)
+        byte = header.start
+        for start in range(0, header.records, _SCANNED_ROWS):
+            count, begin = min(_SCANNED_ROWS, header.records - start), byte
+            outcome, row, byte, number = norm_samples_numba.scan_samples(
+                self.file.data, begin, count, header.framed, header.num_dense, self.wide, longest, largest
+            )
+            self.check(outcome, start + row, byte, number)
+            self.file.release(begin, byte)
         self.check_end(byte)
 
     def check(self, outcome: int, row: int, byte: int, number: int) -> None:

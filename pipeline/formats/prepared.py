@@ -58,6 +58,9 @@ class PreparedSource:
             words = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
             block = self._block(split, words, rows)
             yield check_block(block, self.schema, _Where(files, start))
+            files.release(start, start + block.rows)
+            if manifest.layout == "jagged":
+                self._dataset.split(split).release(start, start + block.rows)
 
     def _block(self, split: str, words: Any, rows: Any) -> Block:
         manifest = self._dataset.manifest

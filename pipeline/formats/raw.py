@@ -112,6 +112,13 @@ class RowFiles:
             low, high = max(start, int(first)) - int(first), min(stop, int(last)) - int(first)
             file.will_need(low * self._row_bytes, high * self._row_bytes)
 
+    def release(self, start: int, stop: int) -> None:
+        """Let go of the mapped pages of rows ``start .. stop`` of the split."""
+        for file, first, last in zip(self._files, self._starts[:-1], self._starts[1:], strict=True):
+            low, high = max(start, int(first)) - int(first), min(stop, int(last)) - int(first)
+            if high > low:
+                file.release(low * self._row_bytes, high * self._row_bytes)
+
 
 class RawReader:
     """Reads batches of a split in the Raw layout."""
@@ -147,6 +154,10 @@ class RawReader:
     def will_need(self, start: int, stop: int) -> None:
         """Have rows ``start .. stop`` read ahead into the page cache."""
         self.files.will_need(start, stop)
+
+    def release(self, start: int, stop: int) -> None:
+        """Let go of the mapped pages of rows ``start .. stop``."""
+        self.files.release(start, stop)
 
     def read_keys(self, rows: Rows) -> Jagged:
         """The keys alone of ``read``."""

@@ -212,6 +212,8 @@ class SplitBinarySource:
                 yield check_block(block, self.schema, where)
             except DataError as error:
                 raise DataError(f"{error}{self._hint(block)}") from None
+            for name, file in maps.items():
+                file.release(part.start * self._width(name), part.stop * self._width(name))
 
     def _hint(self, block: Block) -> str:
         """A clause for two-byte keys that would be in range the other way round; longer ones have theirs already."""

@@ -90,8 +90,7 @@ class TorchrecSource:
         largest = [-1] * len(hotness)
         if options.table_rows is None:
             per_array = [
-                largest_keys([triple.keys[a].values for triple in every], _SCANNED_ROWS)
-                for a in range(len(every[0].keys))
+                largest_keys([triple.keys[a] for triple in every], _SCANNED_ROWS) for a in range(len(every[0].keys))
             ]
             flat = [key for keys in per_array for key in keys]
             largest = [max(flat[start:stop]) for start, stop in pairwise(columns.tolist())]
@@ -116,6 +115,8 @@ class TorchrecSource:
                 labels = triple.labels.values[part].reshape(-1)
                 block = make_block(_whole(labels), triple.dense.values[part], joined)
                 yield check_block(block, self.schema, _Where(triple, start))
+                for array in (triple.labels, triple.dense, *triple.keys):
+                    array.release(part.start, part.stop)
 
 
 def _whole(labels: Any) -> Any:
