@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from dlrm.errors import DataError
 from embedding.jagged import Jagged
 
-
-_AROUND = 1 << 16
-"""Whoever touches a page gets those around it mapped as well."""
+_AROUND = 2 << 20
+"""Whoever touches a page gets those around it mapped as well, at most a huge page of them."""
 
 
 @dataclass(slots=True)

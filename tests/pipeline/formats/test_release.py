@@ -12,6 +12,8 @@ from pipeline.formats.arrays import open_npy
 from pipeline.formats.batch import MappedFile
 
 SMAPS = Path("/proc/self/smaps")
+AROUND = 2 << 20
+"""The system maps up to a huge page around a touched page."""
 
 
 def resident_bytes(path: Path) -> int:
@@ -27,17 +29,16 @@ def resident_bytes(path: Path) -> int:
 
 @pytest.mark.skipif(not SMAPS.exists(), reason="only Linux tells what of a mapping is resident")
 def test_a_mapped_file_is_let_go_of(tmp_path: Path, rng: np.random.Generator) -> None:
-    content = rng.integers(0, 256, 300 * mmap.PAGESIZE + 7, np.uint8)
+    content = rng.integers(0, 256, (8 << 20) + 7, np.uint8)
     content.tofile(tmp_path / "file")
     file = MappedFile(tmp_path / "file", content.size)
     place = 0
     while place < content.size:
-        size = int(rng.integers(1, 9 * mmap.PAGESIZE))
+        size = int(rng.integers(1, 40 * mmap.PAGESIZE))
         np.testing.assert_array_equal(file.data[place : place + size], content[place : place + size])
         file.release(place, min(content.size, place + size))
         place += size
-    # The system maps up to 16 pages around a touched one.
-    assert resident_bytes(tmp_path / "file") <= 40 * mmap.PAGESIZE
+    assert resident_bytes(tmp_path / "file") <= AROUND
     np.testing.assert_array_equal(file.data, content)
     assert resident_bytes(tmp_path / "file") >= content.size
 
@@ -45,12 +46,12 @@ def test_a_mapped_file_is_let_go_of(tmp_path: Path, rng: np.random.Generator) ->
 @pytest.mark.skipif(not SMAPS.exists(), reason="only Linux tells what of a mapping is resident")
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_an_array_is_let_go_of(tmp_path: Path, rng: np.random.Generator, order: str) -> None:
-    values = np.asarray(rng.integers(0, 2**31, (200_000, 3), np.int32), order=order)
+    values = np.asarray(rng.integers(0, 2**31, (1_000_000, 3), np.int32), order=order)
     np.save(tmp_path / "a.npy", values)
     array = open_npy(tmp_path / "a.npy")
-    for start in range(0, 200_000, 30_000):
-        part = slice(start, min(200_000, start + 30_000))
+    for start in range(0, 1_000_000, 30_000):
+        part = slice(start, min(1_000_000, start + 30_000))
         np.testing.assert_array_equal(array.values[part], values[part])
         array.release(part.start, part.stop)
-    assert resident_bytes(tmp_path / "a.npy") <= 3 * 40 * mmap.PAGESIZE
+    assert resident_bytes(tmp_path / "a.npy") <= AROUND
     np.testing.assert_array_equal(array.values, values)
