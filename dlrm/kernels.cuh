@@ -77,6 +77,17 @@ DEVICE uint2 stream_8(const void* address) {
   return v;
 }
 
+// The lanes of the warp whose lowest `bits` bits of `value` are this lane's.
+DEVICE uint32 lanes_alike(uint32 value, int bits) {
+  uint32 alike = 0xffffffffu;
+  for (int bit = 0; bit < bits; ++bit) {
+    const bool set = value >> bit & 1;
+    const uint32 votes = __ballot_sync(0xffffffffu, set);
+    alike &= set ? votes : ~votes;
+  }
+  return alike;
+}
+
 // target += v, in an order that is not defined; one instruction from sm_90 on.
 DEVICE void reduce_add_4(float* target, float4 v) {
 #if CROSSLANE_ARCH >= 90

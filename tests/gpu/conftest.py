@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-CUDA_MODULES = ("dlrm.loss_cuda", "dlrm.optim_cuda", "dlrm.philox_cuda")
+CUDA_MODULES = (
+    "dlrm.loss_cuda",
+    "dlrm.optim_cuda",
+    "dlrm.philox_cuda",
+    "embedding.row_sort_cuda",
+    "embedding.sorted_update_cuda",
+)
 """Launches that run emulated too."""
 
 

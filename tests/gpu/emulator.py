@@ -65,29 +65,29 @@ class Emulator:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._kernels: dict[tuple[Path, str, Defines], EmulatedKernel] = {}
+        self._libraries: dict[tuple[Path, Defines], Any] = {}
 
     def load(self, source: Path, name: str, defines: Defines = ()) -> EmulatedKernel:
-        """Kernel ``name`` of a source, compiled once."""
-        key = (source, name, defines)
-        if key not in self._kernels:
-            self._kernels[key] = EmulatedKernel(self._compile(source, name, defines))
-        return self._kernels[key]
+        """Kernel ``name`` of a source, which is compiled once with all its kernels."""
+        key = (source, defines)
+        if key not in self._libraries:
+            self._libraries[key] = self._compile(source, defines)
+        return EmulatedKernel(getattr(self._libraries[key], f"emulate_{name}"))
 
-    def _compile(self, source: Path, name: str, defines: Defines) -> Any:
+    def _compile(self, source: Path, defines: Defines) -> Any:
         text = source.read_text(encoding="utf-8")
-        assert re.search(rf"KERNEL void[^;{{]*\b{name}\(", text), f"{source.name} has no kernel {name}"
-        entry = (
-            f'#include "emulation_blocks.h"\n#include "{source}"\n'
-            'extern "C" int emulate(unsigned blocks, unsigned threads, size_t shared_bytes, void** arguments) {\n'
-            f"  return emulated::launch_blocks(blocks, threads, shared_bytes, {name}, arguments);\n}}\n"
-        )
-        stem = f"{source.stem}-{name}-{hashlib.sha256(repr(defines).encode()).hexdigest()[:16]}"
+        names = re.findall(r"^KERNEL void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", text, re.MULTILINE)
+        entries = [
+            f'extern "C" int emulate_{name}(unsigned blocks, unsigned threads, size_t bytes, void** arguments) {{\n'
+            f"  return emulated::launch_blocks(blocks, threads, bytes, {name}, arguments);\n}}\n"
+            for name in names
+        ]
+        stem = f"{source.stem}-{hashlib.sha256(repr(defines).encode()).hexdigest()[:16]}"
         place, library = self._folder / f"{stem}.cpp", self._folder / f"{stem}.so"
-        place.write_text(entry, encoding="utf-8")
+        place.write_text(f'#include "emulation_blocks.h"\n#include "{source}"\n' + "".join(entries), encoding="utf-8")
         macros = [f"-D{macro}={value}" for macro, value in (("CROSSLANE_ARCH", 90), *defines)]
         flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", f"-I{HEADERS}", f"-I{ROOT}"]
         command = [str(compiler()), *flags, *macros, str(place), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        return ctypes.CDLL(str(library)).emulate
+        return ctypes.CDLL(str(library))

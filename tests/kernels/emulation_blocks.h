@@ -160,6 +160,16 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   emulated::arrive_warp(mask);
   return votes;
 }
+inline unsigned lanes_alike(unsigned value, int bits) {
+  emulated::Warp& warp = emulated::warps[emulated::current / 32];
+  value &= (1u << bits) - 1;
+  warp.given[emulated::current % 32] = value;
+  emulated::arrive_warp(0xffffffffu);
+  unsigned alike = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) alike |= unsigned(warp.given[lane] == value) << lane;
+  emulated::arrive_warp(0xffffffffu);
+  return alike;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
 inline int __clz(unsigned bits) { return bits ? __builtin_clz(bits) : 32; }

@@ -18,6 +18,18 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
         (("DIM", 16), ("KEY", "int64"), ("GRAD", "bfloat_t"), ("HOT", 32)),
         (("DIM", 256), ("KEY", "int"), ("GRAD", "float"), ("HOT", 6)),
     ),
+    "embedding/row_sort.cu": (
+        (("KEY", "int"), ("WEIGHTED", 0), ("BITS", 9)),
+        (("KEY", "int64"), ("WEIGHTED", 1), ("BITS", 3)),
+    ),
+    "embedding/sorted_update.cu": tuple(
+        (("DIM", dim), ("WEIGHT", weight), ("GRAD", grad), ("KIND", kind), ("BAGS", bags), ("WEIGHTED", weighted))
+        for dim, weight, grad, kind, bags, weighted in (
+            (128, "float", "half_t", 0, 0, 0), (128, "half_t", "half_t", 0, 1, 0), (48, "float", "float", 1, 1, 1),
+            (128, "float", "half_t", 3, 1, 0), (16, "bfloat_t", "bfloat_t", 4, 1, 1), (256, "float", "float", 5, 0, 0),
+            (8, "half_t", "float", 2, 0, 0),
+        )
+    ),
     "dlrm/interaction.cu": (
         (("DIM", 128), ("VECTORS", 27), ("FIRST", 1), ("NUMBER", "half_t"), ("ALIGNED", 1), ("RELU", 1)),
         (("DIM", 40), ("VECTORS", 60), ("FIRST", 0), ("NUMBER", "bfloat_t"), ("ALIGNED", 0), ("RELU", 0)),

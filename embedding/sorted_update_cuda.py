@@ -1,0 +1,74 @@
+"""Launches of the sorted update's CUDA kernels; reference in ``sorted_update.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlrm.errors import DeviceError
+from dlrm.nvrtc import c_type, load
+from embedding.row_sort import CHUNK, CHUNKS_OF_A_STRETCH, RowSort
+from embedding.sparse_optim import KINDS
+from embedding.sparse_optim_cuda import group_lanes
+
+SOURCE = Path(__file__).with_name("sorted_update.cu")
+THREADS = 256
+FINISH_BLOCKS = 4
+"""Blocks of a multiprocessor that add up the runs which cross chunks."""
+
+
+def update_sorted(
+    kind: str,
+    weight: Any,
+    state: Sequence[Any],
+    row_start: Any,
+    keys: Any,
+    offsets: Any,
+    key_weights: Any,
+    mean: Any,
+    place: Any,
+    num_rows: int,
+    gradients: Any,
+    origins: Any,
+    scalars: Any,
+    guard: Any,
+    sort: RowSort,
+) -> None:
+    """See ``sorted_update.update_sorted``: the same bits every time.
+
+    Raises:
+        DeviceError: rows are no whole number of four columns.
+    """
+    dim = weight.shape[1]
+    if dim % 4:
+        raise DeviceError(f"model.embedding_dim: {dim} is no multiple of 4, which the sparse update on a GPU needs")
+    num_keys = len(keys) if len(offsets) else len(row_start) * num_rows
+    if num_keys == 0 or num_rows == 0:
+        return
+    defines = (
+        ("DIM", dim), ("WEIGHT", c_type(weight)), ("GRAD", c_type(gradients)), ("KIND", KINDS.index(kind)),
+        ("BAGS", int(len(offsets) > 0)), ("WEIGHTED", int(len(key_weights) > 0)),
+    )  # fmt: skip
+    first, second, *_ = (*state, weight, weight)  # what a kind does not have, it does not touch
+    chunks = -(-num_keys // CHUNK)
+    groups = THREADS // group_lanes(dim)
+    ordered = (sort.rows[sort.order], sort.named[sort.order], sort.bags, sort.info, np.uint32(chunks))
+    places = (np.uint32(num_rows), np.uint32(gradients.shape[1]))
+    tables, blocks = (weight, first, second), (scalars, guard)
+    load(SOURCE, "sum_chunks", defines)(
+        -(-chunks // groups), THREADS, *ordered, sort.partials, sort.open_runs, row_start, offsets, key_weights, mean,
+        place, origins, *places, gradients, *tables, *blocks,
+    )  # fmt: skip
+    warps = THREADS // 32
+    load(SOURCE, "sum_stretches", defines)(
+        -(-chunks // (CHUNKS_OF_A_STRETCH * warps)), THREADS, ordered[0], sort.info, np.uint32(chunks), sort.partials,
+        *blocks,
+    )  # fmt: skip
+    finish = load(SOURCE, "finish_runs", defines)
+    finish(
+        min(-(-chunks // warps), finish.multiprocessors * FINISH_BLOCKS), THREADS, *ordered, sort.partials,
+        sort.open_runs, row_start, origins, places[0], *tables, *blocks,
+    )  # fmt: skip
