@@ -18,11 +18,11 @@ from dlrm.errors import DataError
 from embedding.jagged import Jagged
 from pipeline.formats.batch import HostBatch, size_fault
 from pipeline.formats.jagged import JaggedReader
-from pipeline.formats.raw import RawReader, Rows
+from pipeline.formats.raw import RawReader, RowFiles, Rows
 from pipeline.formats.record_files import RecordFiles, RecordSource, prefers_direct
 from pipeline.generated import SCHEME, GeneratedRecords, GeneratedRows, RowNumbers, parse_synthetic
 from pipeline.generator import DeviceRows
-from pipeline.manifest import Ceilings, Manifest, SplitInfo, TableInfo, read_manifest
+from pipeline.manifest import Ceilings, FileInfo, Manifest, SplitInfo, TableInfo, read_manifest, row_words
 from pipeline.record_loader import RecordLoader
 from pipeline.writer import DatasetWriter
 
@@ -187,6 +187,11 @@ class Split:
             direct = prefers_direct(sum(file.bytes for file in self._info.files))
         return RecordFiles(self._dataset.path, self._dataset.manifest, self._info, self._reader.files, direct=direct)
 
+    @property
+    def files(self) -> RowFiles:
+        """Labels and dense columns (Raw: keys too) as they are stored, or what makes the rows of a synthetic set."""
+        return self._reader.files
+
     def release(self, start: int, stop: int) -> None:
         """Let go of the memory that rows ``start .. stop`` take as mapped pages; they may be read again."""
         self._reader.release(start, stop)
@@ -223,7 +228,7 @@ class Dataset:
         self._splits: dict[str, Split] = {}
         for split in manifest.splits.values():
             for file in split.files:
-                _check_size(path / file.path, file.bytes)
+                _check_size(path / file.path, file, manifest)
 
     @property
     def name(self) -> str:
@@ -281,7 +286,7 @@ class Dataset:
         for split in self.manifest.splits.values():
             for file in split.files:
                 path = self.path / file.path
-                _check_size(path, file.bytes)
+                _check_size(path, file, self.manifest)
                 if file.sha256 is None:
                     unchecked.append(file.path)
                 elif (found := file_sha256(path)) != file.sha256:
@@ -350,10 +355,11 @@ def file_sha256(path: Path) -> str:
         raise DataError(f"{path}: {error.strerror or error}; restore the file") from None
 
 
-def _check_size(path: Path, expected: int) -> None:
+def _check_size(path: Path, file: FileInfo, manifest: Manifest) -> None:
     try:
         found = path.stat().st_size
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; restore the file or prepare the data set again") from None
-    if found != expected:
-        raise DataError(size_fault(path, found, expected))
+    if found != file.bytes:
+        row_bytes = 4 * row_words(manifest) if file.part == "rows" else None
+        raise DataError(size_fault(path, found, file.bytes, row_bytes))

@@ -137,6 +137,7 @@ class GeneratedRows(RowFiles):
         self.manifest = manifest
         self.name = name / split
         self.generator = generator_of(manifest)
+        self._row_bytes = 4 * self.generator.row_words
         names = list(manifest.splits)
         self.first = sum(manifest.splits[other].rows for other in names[: names.index(split)])
         self._last = threading.local()
@@ -168,6 +169,9 @@ class GeneratedRows(RowFiles):
 
     def will_need(self, start: int, stop: int) -> None:
         """Nothing: no disk is asked."""
+
+    def release(self, start: int, stop: int) -> None:
+        """Nothing: no file is mapped."""
 
 
 class GeneratedRecords:

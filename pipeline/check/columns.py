@@ -203,9 +203,10 @@ class KeyTally:
                 f"{place.at(row, 4 * word)}: table {table.name!r} has no key (-1), but the data set says that no key "
                 "is missing; set missing_keys to true in dataset.json"
             )
+        hint = reversed_hint(key, width, table.rows - 1)
         return (
-            f"{place.at(row, 4 * word)}: key {key} of table {table.name!r} lies outside its rows 0 .. {table.rows - 1}"
-            f"{reversed_hint(key, width, table.rows - 1)}; correct the row or the table's rows in dataset.json"
+            f"{place.at(row, 4 * word)}: key {key} of table {table.name!r} lies outside its rows 0 .. "
+            f"{table.rows - 1}; correct the row or the table's rows in dataset.json{hint}"
         )
 
 

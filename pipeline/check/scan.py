@@ -92,7 +92,7 @@ class Scanner:
         found = SplitScan(0, head, np.empty((0, 4), np.int64), np.empty((0, GROUPS), np.int64))
         for file in split.files:
             path = self._directory / file.path
-            if not _right_size(path, file, found.sizes):
+            if not _right_size(path, file, manifest, found.sizes):
                 continue
             if file.part == "rows":
                 works: list[Work] = [_nothing]
@@ -214,12 +214,13 @@ def _one_key(table: TableInfo) -> TableInfo:
     return replace(table, hotness=1)
 
 
-def _right_size(path: Path, file: FileInfo, faults: Faults) -> bool:
+def _right_size(path: Path, file: FileInfo, manifest: Manifest, faults: Faults) -> bool:
     try:
         size = path.stat().st_size
     except OSError as error:
         faults.add(1, f"{path}: {error.strerror or error}; restore the file or prepare the data set again")
         return False
     if size != file.bytes:
-        faults.add(1, size_fault(path, size, file.bytes))
+        row_bytes = 4 * row_words(manifest) if file.part == "rows" else None
+        faults.add(1, size_fault(path, size, file.bytes, row_bytes))
     return size == file.bytes

@@ -111,12 +111,22 @@ def _map(file: IO[bytes], name: str, size: int) -> StoredArray:
     wanted = start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if size != wanted:
         kind = "truncated" if size < wanted else "oversized"
-        raise DataError(f"{name}: {kind}, {size} bytes where its header needs {wanted}; copy the file again")
+        where = _cut(shape, by_columns, start, size, wanted)
+        raise DataError(f"{name}: {kind}, {size} bytes where its header needs {wanted}{where}; copy the file again")
     if size == start:
         return StoredArray(name, np.empty(shape, dtype, order="F" if by_columns else "C"), start)
     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     values = np.frombuffer(mapped, dtype, offset=start).reshape(shape, order="F" if by_columns else "C")
     return StoredArray(name, values, start, mapped)
+
+
+def _cut(shape: tuple[int, ...], by_columns: bool, start: int, size: int, wanted: int) -> str:
+    """Row and byte at which an array ends too early or too late; nothing where rows do not follow one another."""
+    if not shape or not shape[0] or by_columns or size < start:
+        return ""
+    row_bytes = (wanted - start) // shape[0]
+    end = min(size, wanted)
+    return f" (row {(end - start) // row_bytes}, byte {end})" if row_bytes else ""
 
 
 def open_npz(path: Path, names: Sequence[str]) -> dict[str, StoredArray]:
@@ -129,7 +139,7 @@ def open_npz(path: Path, names: Sequence[str]) -> dict[str, StoredArray]:
     Raises:
         DataError: it is missing or no .npz file, a member is missing, or its CRC-32 is wrong.
     """
-    found = {}
+    found, name = {}, ""
     try:
         with zipfile.ZipFile(path) as archive:
             for name in names:
@@ -141,10 +151,21 @@ def open_npz(path: Path, names: Sequence[str]) -> dict[str, StoredArray]:
     except KeyError:
         raise DataError(f"{path}: no array {name!r} in it, only {', '.join(npz_names(path)) or 'none'}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path}: damaged or truncated .npz ({error}); copy the file again") from None
+        raise DataError(
+            f"{path}: damaged or truncated .npz ({error}{_member_byte(path, name)}); copy the file again"
+        ) from None
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
     return found
+
+
+def _member_byte(path: Path, name: str) -> str:
+    """Where an array of a .npz file starts; nothing where its directory cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return f", which starts at byte {archive.getinfo(f'{name}.npy').header_offset}"
+    except (KeyError, zipfile.BadZipFile, OSError):
+        return ""
 
 
 def npz_names(path: Path) -> list[str]:

@@ -47,6 +47,7 @@ _LONGEST_LINE = 2 + NUM_DENSE * 12 + NUM_TABLES * 9  # "-2147483648" and 8 digit
 _SUFFIXES = {".tsv", ".txt", ".gz", ""}
 _DETECTED_BYTES = 4096
 _SHOWN_BYTES = 40
+_TAB, _NEWLINE = ord("\t"), ord("\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,23 +87,60 @@ class CriteoSource:
         with ThreadPoolExecutor(threads, thread_name_prefix="tsv") as pool:
             for path in self._files[split]:
                 row = byte = 0
-                waiting: deque[tuple[int, Future[Block | _Fault]]] = deque()
-                for piece in pieces(path, _PIECE_BYTES):
-                    waiting.append((len(piece.text), pool.submit(_parse, piece.text)))
-                    if len(waiting) > threads:
-                        size, future = waiting.popleft()
-                        yield (block := self._done(path, future, row, byte))
-                        row, byte = row + block.rows, byte + size
-                for size, future in waiting:
-                    yield (block := self._done(path, future, row, byte))
-                    row, byte = row + block.rows, byte + size
+                waiting: deque[tuple[Any, Future[Block | _Fault]]] = deque()
+                for text in _texts(path):
+                    if text is not None:
+                        waiting.append((text, pool.submit(_parse, text)))
+                    while waiting and (text is None or len(waiting) > threads):
+                        done, future = waiting.popleft()
+                        yield (block := self._done(_Place(path, done, row, byte), future))
+                        row, byte = row + block.rows, byte + len(done)
 
-    def _done(self, path: Path, future: Future[Block | _Fault], row: int, byte: int) -> Block:
+    def _done(self, place: _Place, future: Future[Block | _Fault]) -> Block:
         result = future.result()
         if isinstance(result, _Fault):
-            raise DataError(f"{path}: row {row + result.row} (byte {byte + result.byte}): {result.clause}")
-        # Where a column of text starts is not kept; the message names row and table.
-        return check_block(result, self.schema, lambda number, *_: f"{path}: row {row + number}")
+            raise DataError(f"{place.at(result.row, result.byte)}: {result.clause}")
+        return check_block(result, self.schema, place.of_value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a piece of text lies: ``row`` lines and ``byte`` bytes (unpacked) from its file's start."""
+
+    path: Path
+    text: Any
+    row: int
+    byte: int
+
+    def at(self, row: int, byte: int) -> str:
+        return f"{self.path}: row {self.row + row} (byte {self.byte + byte})"
+
+    def of_value(self, row: int, kind: str, column: int) -> str:
+        """Place of a value of a block, for messages."""
+        field = column + {"label": 0, "dense": 1}.get(kind, 1 + NUM_DENSE)
+        return self.at(row, _field_start(self.text, row, field))
+
+
+def _field_start(text: Any, row: int, field: int) -> int:
+    """Byte at which a field of a line starts."""
+    start = int(np.flatnonzero(text == _NEWLINE)[row - 1]) + 1 if row else 0
+    return start + int(np.flatnonzero(text[start:] == _TAB)[field - 1]) + 1 if field else start
+
+
+def _texts(path: Path) -> Iterator[Any]:
+    """Pieces of a file, and ``None`` when what came so far is to be looked at: at the end, or before an error."""
+    row = byte = 0
+    cut = pieces(path, _PIECE_BYTES)
+    while True:
+        try:
+            piece = next(cut, None)
+        except DataError as error:
+            yield None
+            raise DataError(f"{error}; row {row} (byte {byte} of the text) is the first that is lost") from None
+        yield None if piece is None else piece.text
+        if piece is None:
+            return
+        row, byte = row + int(parser.count_lines(piece.text)), byte + len(piece.text)
 
 
 def _told(rows: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -125,8 +163,7 @@ def _parse(text: Any) -> Block | _Fault:
     if wide.any():
         row, column = (int(place) for place in np.argwhere(wide)[0])
         value = integers[row, column]
-        ends = np.flatnonzero(text == ord("\n"))
-        at = int(ends[row - 1]) + 1 if row else 0
+        at = _field_start(text, row, 1 + column)
         return _Fault(row, at, f"column {_COLUMNS[1 + column]}: {value} does not fit 32 bits; correct the row")
     integers[missing] = MISSING_COUNT
     return make_block(labels, integers, categories.T)

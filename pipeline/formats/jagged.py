@@ -52,8 +52,8 @@ class _TableFiles:
         if b >= 0:
             row = int(rows[b])
             raise DataError(
-                f"{self.bounds_path}: row {row}: offsets {int(self.bounds[row])} and {int(self.bounds[row + 1])} "
-                f"are not a bag inside {self.keys.size} keys; prepare the data set again"
+                f"{self.bounds_path}: row {row} (byte {8 * row}): offsets {int(self.bounds[row])} and "
+                f"{int(self.bounds[row + 1])} are not a bag inside {self.keys.size} keys; prepare the data set again"
             )
 
     def release(self, start: int, stop: int) -> None:
@@ -68,14 +68,16 @@ class _TableFiles:
         b, place = jagged_numba.copy_bags(self.bounds, self.keys, rows, self.table.rows, starts, keys)
         if b >= 0:
             raise DataError(
-                f"{self.path}: row {rows[b]}: key {self.keys[place]} of table {self.table.name!r} lies outside "
-                f"its rows 0 .. {self.table.rows - 1}; correct the row or the table's rows in dataset.json"
+                f"{self.path}: row {rows[b]} (byte {self.keys.itemsize * place}): key {self.keys[place]} of table "
+                f"{self.table.name!r} lies outside its rows 0 .. {self.table.rows - 1}; correct the row or the "
+                "table's rows in dataset.json"
             )
         if weights is not None:
-            b, _ = jagged_numba.copy_weights(self.bounds, self.weights, rows, starts, weights)
+            b, place = jagged_numba.copy_weights(self.bounds, self.weights, rows, starts, weights)
             if b >= 0:
                 raise DataError(
-                    f"{self.path}: row {rows[b]}: a weight of table {self.table.name!r} is not finite; correct the row"
+                    f"{self._files['weights'].path}: row {rows[b]} (byte {4 * place}): a weight of table "
+                    f"{self.table.name!r} is not finite; correct the row"
                 )
 
 

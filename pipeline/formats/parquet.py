@@ -168,7 +168,8 @@ class ParquetSource:
                 )
             values = series.filter(series.list.len() > 0).explode()
             if values.null_count():
-                raise DataError(f"{path}: rows {first} ..: a key in a list of column {name!r} is null; fill it")
+                row = np.repeat(np.arange(frame.height), lengths)[int(values.is_null().arg_max() or 0)]
+                raise DataError(f"{path}: row {first + row}: a key in a list of column {name!r} is null; fill it")
             ends = np.cumsum(lengths)
             place = np.arange(int(lengths.sum())) - np.repeat(ends - lengths, lengths)
             keys[np.repeat(np.arange(frame.height), lengths), columns[t] + place] = values.to_numpy()

@@ -49,8 +49,8 @@ class PreparedSource:
 
     def blocks(self, split: str) -> Iterator[Block]:
         """The rows of a split in order, checked."""
-        manifest = self._dataset.manifest
-        files = RowFiles(self._dataset.path, manifest, manifest.splits[split])
+        opened = self._dataset.split(split)
+        files = opened.files
         size = self.schema.block_rows()
         for start in range(0, self.splits[split], size):
             rows = np.arange(start, min(start + size, self.splits[split]), dtype=np.int64)
@@ -58,9 +58,7 @@ class PreparedSource:
             words = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
             block = self._block(split, words, rows)
             yield check_block(block, self.schema, _Where(files, start))
-            files.release(start, start + block.rows)
-            if manifest.layout == "jagged":
-                self._dataset.split(split).release(start, start + block.rows)
+            opened.release(start, start + block.rows)
 
     def _block(self, split: str, words: Any, rows: Any) -> Block:
         manifest = self._dataset.manifest
@@ -93,8 +91,7 @@ class _Where:
     first: int
 
     def __call__(self, row: int, kind: str, column: int) -> str:
-        path, inside = self.files.locate(self.first + row)
-        return f"{path}: row {inside} (byte {self.files.byte_of(inside, kind, column)})"
+        return self.files.place(self.first + row, kind, column)
 
 
 class PreparedSink:

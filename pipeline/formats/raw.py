@@ -16,6 +16,7 @@ from dlrm.errors import DataError
 from embedding.jagged import Jagged
 from pipeline.formats import raw_numba
 from pipeline.formats.batch import HostBatch, MappedFile
+from pipeline.formats.block import reversed_hint
 from pipeline.manifest import LabelDtype, Manifest, SplitInfo, row_words
 
 Rows = NDArray[np.int64]
@@ -36,7 +37,7 @@ class RowFiles:
         self._manifest = manifest
         self._row_bytes = 4 * row_words(manifest)
         infos = [file for file in split.files if file.part == "rows"]
-        self._files = [MappedFile(directory / file.path, file.bytes) for file in infos]
+        self._files = [MappedFile(directory / file.path, file.bytes, self._row_bytes) for file in infos]
         self._starts: Rows = np.cumsum([0, *(file.rows for file in infos)], dtype=np.int64)
         self._words = [
             file.view(np.int32).reshape(info.rows, -1 if info.rows else row_words(manifest))
@@ -76,12 +77,12 @@ class RowFiles:
                 values,
             )
             if b >= 0:
-                path, row = self.locate(rows[b])
                 stored = self.words_of(rows[b])
                 if column == 0:
-                    raise DataError(f"{path}: row {row}: {label_fault(int(stored[0]), self._manifest.label_dtype)}")
+                    fault = label_fault(int(stored[0]), self._manifest.label_dtype)
+                    raise DataError(f"{self.place(rows[b], 'label')}: {fault}")
                 raise DataError(
-                    f"{path}: row {row}: dense column {dense.names[column - 1]!r} is "
+                    f"{self.place(rows[b], 'dense', column - 1)}: dense column {dense.names[column - 1]!r} is "
                     f"{stored.view(np.float32)[column]}; it must be finite, so fill or clip it in preparation"
                 )
         return labels, values
@@ -90,6 +91,11 @@ class RowFiles:
         """File of a row of the split, and the row inside it (from 0)."""
         index = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._files[index].path, int(row - self._starts[index])
+
+    def place(self, row: int | np.int64, kind: str, column: int = 0) -> str:
+        """File, row and byte of a value of a row of the split, for messages; ``byte_of`` tells the kinds."""
+        path, inside = self.locate(row)
+        return f"{path}: row {inside} (byte {self.byte_of(inside, kind, column)})"
 
     def byte_of(self, row: int, kind: str, column: int) -> int:
         """Byte of a file at which the ``label``, ``dense`` column, ``key`` or ``weight`` of one of its rows starts."""
@@ -214,9 +220,9 @@ class RawReader:
                 weights,
             )
             if b >= 0:
-                path, row = self.files.locate(rows[b])
                 raise DataError(
-                    f"{path}: row {row}: a weight of table {self._table(column).name!r} is not finite; correct the row"
+                    f"{self.files.place(rows[b], 'weight', column)}: a weight of table {self._table(column).name!r} is "
+                    "not finite; correct the row"
                 )
         return weights
 
@@ -226,18 +232,18 @@ class RawReader:
     def _check_key(self, rows: Rows, b: int, column: int) -> None:
         if b < 0:
             return
-        path, row = self.files.locate(rows[b])
+        place = self.files.place(rows[b], "key", column)
         table = self._table(column)
         words = self.files.words_of(rows[b])[self._first :]
         key = int(words[2 * column : 2 * column + 2].view(np.int64)[0]) if self._wide else int(words[column])
         if key == -1:
             raise DataError(
-                f"{path}: row {row}: table {table.name!r} has no key (-1), but the data set says that no key is "
+                f"{place}: table {table.name!r} has no key (-1), but the data set says that no key is "
                 "missing; set missing_keys to true in dataset.json"
             )
         raise DataError(
-            f"{path}: row {row}: key {key} of table {table.name!r} lies outside its rows 0 .. {table.rows - 1}; "
-            "correct the row or the table's rows in dataset.json"
+            f"{place}: key {key} of table {table.name!r} lies outside its rows 0 .. {table.rows - 1}; correct the row "
+            f"or the table's rows in dataset.json{reversed_hint(key, 8 if self._wide else 4, table.rows - 1)}"
         )
 
 

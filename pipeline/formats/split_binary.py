@@ -179,8 +179,8 @@ class SplitBinarySource:
             if size != rows * width:
                 kind = "truncated" if size < rows * width else "oversized"
                 raise DataError(
-                    f"{path}: {kind}, {size} bytes, but {rows} labels need {rows * width} ({width} bytes a row); copy "
-                    "the file again"
+                    f"{path}: {kind}, {size} bytes, but {rows} labels need {rows * width} ({width} bytes a row, row "
+                    f"{min(size // width, rows)} at byte {min(size, rows * width)}); copy the file again"
                 )
         return rows or 0
 

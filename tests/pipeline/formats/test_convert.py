@@ -20,7 +20,8 @@ from pipeline.dataset import load_dataset
 from pipeline.etl.criteo import CriteoInputs, prepare_criteo
 from pipeline.formats.block import Schema, make_block
 from pipeline.formats.interchange import LOSSES, WriteOptions
-from pipeline.manifest import TableInfo
+from pipeline.generated import describe_synthetic
+from pipeline.manifest import TableInfo, write_manifest
 
 REPOSITORY = Path(__file__).parents[3]
 REAL_ROWS = Path(os.environ.get("CROSSLANE_CRITEO_DIR", str(REPOSITORY / ".." / "shared" / "data")))
@@ -236,6 +237,17 @@ def test_raw_variants_of_hugectr(prepared: Any, tmp_path: Path) -> None:
             to="raw",
             write=WriteOptions(label_dtype="float32"),
         )
+
+
+def test_rows_that_are_made_as_they_are_read_can_be_written(tmp_path: Path, seed: int) -> None:
+    made = describe_synthetic("criteo-terabyte", rows=300, seed=seed, exponents=(1.1,), scale=1000)
+    (tmp_path / "recipe").mkdir()
+    write_manifest(tmp_path / "recipe", made)
+    convert(tmp_path / "recipe", tmp_path / "out", to="raw")
+    for split in made.splits:
+        batches = [load_dataset(tmp_path / folder).split(split).read(slice(None)) for folder in ("recipe", "out")]
+        np.testing.assert_array_equal(batches[0].dense, batches[1].dense)
+        np.testing.assert_array_equal(batches[0].keys.keys, batches[1].keys.keys)
 
 
 def test_what_cannot_be_converted_leaves_nothing_behind(prepared: Any, tmp_path: Path) -> None:

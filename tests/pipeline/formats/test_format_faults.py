@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -86,7 +88,9 @@ def test_raw_of_another_size(converted: Any) -> None:
     content = (folder / "train.bin").read_bytes()
     for cut, kind in ((content[:-1], "truncated"), (content + b"\0", "oversized")):
         (folder / "train.bin").write_bytes(cut)
-        refused("raw", folder, rf"train\.bin: {kind}, {len(cut)} bytes where the manifest needs {len(content)}")
+        place = rf"\((cut at row 49, byte {50 * ROW - 1}|ends at row 50, byte {50 * ROW})\)"
+        message = rf"train\.bin: {kind}, {len(cut)} bytes where the manifest needs {len(content)} {place}"
+        refused("raw", folder, message)
 
 
 def test_raw_with_wide_keys_and_weights(converted: Any) -> None:
@@ -219,7 +223,8 @@ def test_split_binary(converted: Any) -> None:
     content = (train / "cat_0.bin").read_bytes()
     for cut, kind in ((content[:-1], "truncated"), (content + b"\0", "oversized")):
         (train / "cat_0.bin").write_bytes(cut)
-        refused("split-binary", folder, rf"cat_0\.bin: {kind}, {len(cut)} bytes, but 50 labels need 100")
+        place = r"\(2 bytes a row, row (49 at byte 99|50 at byte 100)\)"
+        refused("split-binary", folder, rf"cat_0\.bin: {kind}, {len(cut)} bytes, but 50 labels need 100 {place}")
     (train / "cat_0.bin").unlink()
     refused("split-binary", folder, r"cat_0\.bin: No such file.*feature_spec\.yaml names it")
 
@@ -288,8 +293,8 @@ def test_torchrec(converted: Any) -> None:
         path.write_bytes(good)
     good = sparse.read_bytes()
     for content, message in (
-        (good[:-1], rf"train_sparse\.npy: truncated, {len(good) - 1} bytes where its header needs {len(good)}"),
-        (good + b"\0", rf"train_sparse\.npy: oversized, {len(good) + 1} bytes"),
+        (good[:-1], rf"train_sparse\.npy: truncated, {len(good) - 1} bytes where .* \(row 49, byte {len(good) - 1}\)"),
+        (good + b"\0", rf"train_sparse\.npy: oversized, {len(good) + 1} bytes where .* \(row 50, byte {len(good)}\)"),
         (b"PNG" + good[3:], r"train_sparse\.npy: bad header \(byte 0\)"),
         (good[:20], r"train_sparse\.npy: bad header \(byte 0\)"),
         (good.replace(b"<i4", b">i4", 1), r"train_sparse\.npy: values of type >i4 are big-endian"),
@@ -306,11 +311,13 @@ def test_torchrec_multi_hot(converted: Any) -> None:
     folder = converted("torchrec-npy", shape=MULTI_HOT)
     path = folder / "train_sparse_multi_hot.npz"
     with zipfile.ZipFile(path) as archive:
-        start = archive.getinfo("2.npy").header_offset + 30 + len("2.npy")
+        member = archive.getinfo("2.npy").header_offset
+    start = member + 30 + len("2.npy")
     good = path.read_bytes()
     start += good[start:].index(b"\n") + 1
     poke(path, start + 4 * (7 * 5 + 3), b"\xff\xff\xff\x7f")
-    refused("torchrec-npy", folder, r"multi_hot\.npz: damaged or truncated .npz \(Bad CRC-32 for file '2\.npy'\)")
+    message = rf"\(Bad CRC-32 for file '2\.npy', which starts at byte {member}\)"
+    refused("torchrec-npy", folder, rf"multi_hot\.npz: damaged or truncated .npz {message}")
     path.write_bytes(good[: len(good) // 2])
     refused("torchrec-npy", folder, r"multi_hot\.npz")
 
@@ -366,7 +373,7 @@ def test_parquet(converted: Any) -> None:
         ("T0", [*lists[:7], [1, 1000], *lists[8:]], r"row 7: key 1000 of table 'T0' lies outside its rows 0 \.\. 999"),
         ("T0", [*lists[:7], [1, -2], *lists[8:]], r"row 7: key -2 of table 'T0'"),
         ("T0", [*lists[:7], [1, 2, 3, 4], *lists[8:]], r"row 7: 4 keys in column 'T0', but .* at most 3"),
-        ("T0", [*lists[:7], [1, None], *lists[8:]], r"a key in a list of column 'T0' is null"),
+        ("T0", [*lists[:7], [1, None], *lists[8:]], r"1\.parquet: row 7: a key in a list of column 'T0' is null"),
         ("T0", [*lists[:7], None, *lists[8:]], r"row 7: column 'T0' is null"),
         ("T1", ["a"] * 20, r"1\.parquet: column 'T1' has type String"),
     ):
@@ -417,6 +424,7 @@ GOOD = "\t".join(["1", *["5"] * 13, *["0000000a"] * 26])
         ("2" + GOOD[1:], r"column 1 \(label\): '2', but must be 0 or 1"),
         (GOOD.replace("\t5\t", "\t5.5\t", 1), r"column 2 \(I1\): '5.5', but must be an integer"),
         (GOOD.replace("\t5\t", "\t2147483648\t", 1), r"column I1: 2147483648 does not fit 32 bits"),
+        (GOOD[:5] + "2147483648" + GOOD[5:], r"column I2: 52147483648 does not fit 32 bits"),
         (GOOD.replace("\t5\t", "\t-2147483648\t", 1), r"column I1: -2147483648 does not fit 32 bits"),
         (GOOD[:-1], r"column 40 \(C26\): '0000000', but must be 8 hexadecimal digits"),
         (GOOD[:-1] + "g", r"column 40 \(C26\): '0000000g'"),
@@ -435,7 +443,8 @@ def test_criteo_text(tmp_path: Path, line: str, message: str) -> None:
 
 def test_criteo_keys_beyond_their_tables(tmp_path: Path) -> None:
     (tmp_path / "t.tsv").write_text((GOOD + "\n") * 3)
-    refused("criteo-tsv", tmp_path / "t.tsv", r"t\.tsv: row 0: key 10 of table 'C2' lies", table_rows=(11, *[10] * 25))
+    message = rf"t\.tsv: row 0 \(byte {len(GOOD) - 8 - 9 * 24}\): key 10 of table 'C2' lies"
+    refused("criteo-tsv", tmp_path / "t.tsv", message, table_rows=(11, *[10] * 25))
     refused("criteo-tsv", tmp_path / "t.tsv", "--rows: 2 numbers for 26 tables", table_rows=(11, 11))
 
 
@@ -451,3 +460,31 @@ def test_what_lies_beside_data_must_fit_it(converted: Any, content: str, message
     folder = converted("torchrec-npy")
     (folder / "crosslane.json").write_text(content)
     refused("torchrec-npy", folder, message)
+
+
+def test_criteo_text_names_the_byte_at_which_a_field_starts(tmp_path: Path) -> None:
+    rows = [GOOD] * 30_000
+    for line, field, message in (
+        (GOOD.replace("\t5\t", "\t99999999999\t", 1), 2, "column I1: 99999999999 does not fit"),
+        (GOOD[:-8] + "7fffffff", len(GOOD) - 8, "key 2147483647 of table 'C26' lies outside"),
+    ):
+        rows[25_000] = line
+        (tmp_path / "t.tsv").write_text("\n".join(rows) + "\n")
+        byte = 25_000 * (len(GOOD) + 1) + field
+        place = rf"t\.tsv: row 25000 \(byte {byte}\)"
+        refused("criteo-tsv", tmp_path / "t.tsv", f"{place}: {message}", table_rows=(2**31 - 1,) * 26)
+
+
+def test_packed_text_that_is_cut_short_names_what_is_lost(tmp_path: Path, rng: np.random.Generator) -> None:
+    lines = [GOOD[:-8] + f"{key:08x}" for key in rng.integers(0, 2**32, 150_000)]
+    packed = gzip.compress(("\n".join(lines) + "\n").encode(), compresslevel=1)
+    path = tmp_path / "t.tsv.gz"
+    path.write_bytes(packed[: len(packed) * 9 // 10])
+    blocks = format_named("criteo-tsv").read(path, ReadOptions()).blocks("train")
+    read: list[int] = []
+    message = r"t\.tsv\.gz: damaged or truncated gzip .* row \d+ \(byte \d+ of the text\)"
+    with pytest.raises(DataError, match=message) as caught:
+        read.extend(block.rows for block in blocks)  # what can be read comes first
+    row, byte = (int(number) for number in re.findall(r"row (\d+) \(byte (\d+)", str(caught.value))[0])
+    assert sum(read) == row > 30_000
+    assert byte == row * (len(GOOD) + 1)
