@@ -81,6 +81,30 @@ KERNEL void __launch_bounds__(THREADS) name_bags(
   }
 }
 
+#ifdef BAGS
+
+// touched[row] = 1 for every row that a key names.
+KERNEL void __launch_bounds__(THREADS) mark_touched(
+    const int64* __restrict__ row_start, const KEY* __restrict__ keys, const int64* __restrict__ offsets,
+    uint32 num_keys, uint32 num_rows, int num_tables, unsigned char* __restrict__ touched) {
+  const uint32 k = blockIdx.x * THREADS + threadIdx.x;
+  if (k >= num_keys) return;
+  int table = int(k / num_rows);
+  if (BAGS) {
+    if (k >= offsets[int64(num_tables) * num_rows]) return;
+    int low = 0, high = num_tables - 1;  // the table is the last one that begins at k or before
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (offsets[int64(middle) * num_rows] <= k) low = middle;
+      else high = middle - 1;
+    }
+    table = low;
+  }
+  touched[row_start[table] + keys[k]] = 1;
+}
+
+#endif  // BAGS
+
 // counts[digit, tile] = how many keys of the tile have the digit.
 KERNEL void __launch_bounds__(THREADS) count_digits(
     const uint32* __restrict__ rows, int shift, uint32 tiles, uint32* __restrict__ counts,

@@ -37,12 +37,14 @@ def sort_rows(
     tiles = -(-num_keys // TILE)
     if len(offsets):
         shape = (np.uint32(num_rows), np.uint32(num_bags))
-        output = (sort.rows[0], sort.named[0], sort.bags, sort.info)
-        load(SOURCE, "name_bags", defines)(tiles, THREADS, row_start, keys, offsets, *shape, *output)
+        load(SOURCE, "name_bags", defines)(
+            tiles, THREADS, row_start, keys, offsets, *shape, sort.rows[0], sort.named[0], sort.bags, sort.info
+        )
     else:
         shape = (np.uint32(num_keys), np.uint32(num_rows))
-        output = (sort.rows[0], sort.named[0], sort.info)
-        load(SOURCE, "name_rows", defines)(-(-num_keys // THREADS), THREADS, row_start, keys, *shape, *output)
+        load(SOURCE, "name_rows", defines)(
+            -(-num_keys // THREADS), THREADS, row_start, keys, *shape, sort.rows[0], sort.named[0], sort.info
+        )
     for digit in range(digits):
         here, there = digit % 2, (digit + 1) % 2
         place = (np.int32(digit * bits), np.uint32(tiles))
@@ -52,3 +54,14 @@ def sort_rows(
             tiles, THREADS, sort.rows[here], sort.named[here], *place, sort.counts, sort.totals, sort.rows[there],
             sort.named[there], sort.info,
         )  # fmt: skip
+
+
+def mark_touched(keys: Any, offsets: Any, row_start: Any, num_rows: int, touched: Any) -> None:
+    """See ``sparse_optim.mark_touched``; how many keys the bags hold is read on the device."""
+    num_tables = len(row_start)
+    num_keys = len(keys) if len(offsets) else num_tables * num_rows
+    if num_tables == 0 or num_keys == 0 or num_rows == 0:
+        return
+    defines = (("KEY", c_type(keys)), ("WEIGHTED", 0), ("BITS", 1), ("BAGS", int(len(offsets) > 0)))
+    shape = (np.uint32(num_keys), np.uint32(num_rows), np.int32(num_tables))
+    load(SOURCE, "mark_touched", defines)(-(-num_keys // THREADS), THREADS, row_start, keys, offsets, *shape, touched)

@@ -31,6 +31,17 @@ def compiler() -> str | None:
     return shutil.which("g++") or shutil.which("clang++")
 
 
+def _without_branches(text: str, defines: Defines) -> str:
+    """A source without what stands behind an ``#ifdef`` of a macro that is not given."""
+    given = {name for name, _ in defines}
+    return re.sub(
+        r"^#ifdef (\w+)$.*?^#endif  // \1$",
+        lambda found: found[0] if found[1] in given else "",
+        text,
+        flags=re.MULTILINE | re.DOTALL,
+    )
+
+
 class EmulatedKernel:
     """One kernel of a compiled source: called like ``dlrm.nvrtc.Launchable``, with NumPy arrays."""
 
@@ -76,7 +87,9 @@ class Emulator:
 
     def _compile(self, source: Path, defines: Defines) -> Any:
         text = source.read_text(encoding="utf-8")
-        names = re.findall(r"^KERNEL void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", text, re.MULTILINE)
+        names = re.findall(
+            r"^KERNEL void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", _without_branches(text, defines), re.MULTILINE
+        )
         entries = [
             f'extern "C" int emulate_{name}(unsigned blocks, unsigned threads, size_t bytes, void** arguments) {{\n'
             f"  return emulated::launch_blocks(blocks, threads, bytes, {name}, arguments);\n}}\n"

@@ -13,7 +13,7 @@ from dlrm.scalars import NOT_FINITE, OVERFLOW, SIZE, write_guard, write_scalars
 from embedding import row_sort_cuda, sorted_update_cuda
 from embedding.row_sort import COUNT, RowSort, digits_of, sort_rows
 from embedding.sorted_update import update_sorted, widened
-from embedding.sparse_optim import KINDS, constants, state_specs
+from embedding.sparse_optim import KINDS, constants, mark_touched, state_specs
 
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 NO_OFFSETS, NO_WEIGHTS = np.empty(0, np.int64), np.empty(0, np.float32)
@@ -91,6 +91,17 @@ def test_rows_are_sorted(machine: Any, bags: str, rows: list[int], num_rows: int
         np.testing.assert_array_equal(found, getattr(expected, name)[expected.order][:count], err_msg=name)
     if bags == "weighted":
         np.testing.assert_array_equal(machine.host(room.bags)[:count], expected.bags[:count])
+
+
+@pytest.mark.parametrize("bags", ["one", "bags"])
+def test_touched_rows_are_marked(machine: Any, bags: str, rng: np.random.Generator) -> None:
+    batch = Batch(rng, [3, 1, 700, 40], 150, bags=bags)
+    expected = rng.random(744) < 0.1
+    touched = machine.array(expected)
+    mark_touched(batch.keys, batch.offsets, batch.row_start, 150, expected)
+    named = [machine.array(array) for array in (batch.keys, batch.offsets, batch.row_start)]
+    row_sort_cuda.mark_touched(*named, 150, touched)
+    np.testing.assert_array_equal(machine.host(touched), expected)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 512, 513, 2**18, 2**18 + 1, 24_100_000, 187_767_399, 2**32])

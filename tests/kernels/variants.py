@@ -20,7 +20,7 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
     ),
     "embedding/row_sort.cu": (
         (("KEY", "int"), ("WEIGHTED", 0), ("BITS", 9)),
-        (("KEY", "int64"), ("WEIGHTED", 1), ("BITS", 3)),
+        (("KEY", "int64"), ("WEIGHTED", 1), ("BITS", 3), ("BAGS", 1)),
     ),
     "embedding/sorted_update.cu": tuple(
         (("DIM", dim), ("WEIGHT", weight), ("GRAD", grad), ("KIND", kind), ("BAGS", bags), ("WEIGHTED", weighted))
