@@ -15,7 +15,7 @@ import typer
 from dlrm.errors import ConfigError, CrosslaneError
 from pipeline.cli_check import data_check
 from pipeline.cli_convert import convert
-from pipeline.cli_criteo import prepare_criteo
+from pipeline.cli_criteo import encode, prepare_criteo
 from pipeline.cli_data import ManyValues, data_app, prepare_app, synth
 from pipeline.cli_plan import plan
 from pipeline.console import AsJson, print_fields, print_json, print_rows, show_progress
@@ -236,6 +236,7 @@ def _first_comment(path: Path) -> str:
 
 prepare_app.command("criteo", cls=ManyValues)(prepare_criteo)
 data_app.command("check")(data_check)
+app.command(cls=ManyValues, rich_help_panel="Data")(encode)
 app.add_typer(prepare_app, name="prepare", rich_help_panel="Data")
 app.add_typer(data_app, name="data", rich_help_panel="Data")
 app.command(rich_help_panel="Data")(synth)

@@ -1,4 +1,4 @@
-"""The engine's verbs about Criteo's rows: prepare, encode, and the environment of NVTabular."""
+"""The engine's verbs about Criteo's rows: prepare and encode."""
 
 from __future__ import annotations
 
@@ -110,6 +110,43 @@ def prepare_criteo(
                 inputs,
                 out,
                 rules=rules,
+                name=name,
+                overwrite=overwrite,
+                memory_limit=parse_size("--memory-limit", memory_limit),
+                comm=comm,
+                progress=progress if first else None,
+            )
+        if first:
+            print_dataset(out, as_json=as_json)
+
+    _on_ranks(work)
+
+
+def encode(
+    rows: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Criteo's rows, plain or .gz.")],
+    like: Annotated[Path, typer.Option(help="Prepared set whose vocabulary encodes them, or its folder 'encoding'.")],
+    out: Out,
+    split: Annotated[str, typer.Option(help="Name of the new set's split.")] = "test",
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="The rows have no label column.")] = False,
+    memory_limit: MemoryLimit = None,
+    name: Annotated[str, typer.Option(help="Name of the new data set.")] = "criteo",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Encode further Criteo rows as a prepared set's were; also under mpirun, and again after a kill."""
+    settle_threads()
+    from pipeline.etl.encode_rows import encode_rows
+    from pipeline.etl.memory import parse_size
+
+    def work(comm: Comm | None) -> None:
+        first = comm is None or comm.rank == 0
+        with long_phases() as progress:
+            encode_rows(
+                rows,
+                like,
+                out,
+                split=split,
+                labelled=not unlabelled,
                 name=name,
                 overwrite=overwrite,
                 memory_limit=parse_size("--memory-limit", memory_limit),

@@ -18,6 +18,7 @@ from embedding.plan import Forced, Plan, TableSpec, make_plans
 from pipeline.dataset import Dataset
 from pipeline.loader import Loader
 from pipeline.manifest import TableInfo
+from pipeline.statistics import read_frequencies
 
 _MEMORY_FOR_TABLES = 0.8
 """Of the memory that is free: batches, gradients and the page cache need some."""
@@ -72,7 +73,9 @@ def calibrate(config: RunConfig, dataset: Dataset) -> Calibration:
             jagged = jagged or batch.host.keys.offsets is not None
     names = [table.name for table in dataset.tables]
     return Calibration(
-        frequencies={info.name: _by_frequency(counts, table, info) for table, info in enumerate(dataset.tables)},
+        # All training rows, where preparation has counted them, tell more than some batches.
+        frequencies=read_frequencies(dataset.path, dataset.manifest)
+        or {info.name: _by_frequency(counts, table, info) for table, info in enumerate(dataset.tables)},
         hotness={name: counts.mean_hotness(table) for table, name in enumerate(names)},
         jagged=jagged,
         weighted=dataset.weighted,

@@ -14,6 +14,7 @@ from pipeline.etl.job import PUBLISHING, Job
 from pipeline.etl.statistics import stamp_statistics
 from pipeline.etl.vocabulary import ENCODING_FOLDER, Encoding
 from pipeline.manifest import MANIFEST_NAME, DenseInfo, FileInfo, Manifest, SplitInfo, TableInfo, write_manifest
+from pipeline.statistics import STATISTICS
 
 _MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Manifest)
 _SOURCE = "Criteo rows: label, 13 integers, 26 hexadecimal categories, tab-separated"
@@ -66,7 +67,8 @@ def publish(job: Job, shards: Sequence[Shard], manifest: Manifest) -> None:
         shards: in it, in order.
         manifest: of the set.
     """
-    stamp_statistics(job, manifest)
+    if job.read(STATISTICS) is not None:
+        stamp_statistics(job, manifest)
     renames = [[shard.path.name, name] for shard, name in zip(shards, shard_names(shards), strict=True)]
     values: dict[str, Any] = {"renames": renames, "manifest": _MANIFEST.dump_python(manifest, mode="json")}
     job.mark(PUBLISHING, values)

@@ -7,24 +7,15 @@ that the most frequent rows take together, by how many of them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dlrm.errors import DataError
-from embedding.frequency import Frequency
 from pipeline.etl.criteo_text import TABLE_NAMES
 from pipeline.etl.job import Job
 from pipeline.etl.numbering import Numbered
-from pipeline.etl.vocabulary import ENCODING_FOLDER
 from pipeline.manifest import Manifest
-
-STATISTICS_NAME = "statistics.json"
-_WHERE = f"{ENCODING_FOLDER}/{STATISTICS_NAME}"
+from pipeline.statistics import STATISTICS, train_digest
 
 
 def write_statistics(job: Job, rows: int, numbered: Sequence[Numbered]) -> None:
@@ -46,7 +37,7 @@ def write_statistics(job: Job, rows: int, numbered: Sequence[Numbered]) -> None:
         }
         for name, one in zip(TABLE_NAMES, numbered, strict=True)
     ]
-    job.mark(_WHERE, {"format": "crosslane-statistics", "version": 1, "rows": rows, "tables": tables})
+    job.mark(STATISTICS, {"format": "crosslane-statistics", "version": 1, "rows": rows, "tables": tables})
 
 
 def cumulative_share(counts: Sequence[int], sizes: Sequence[int], lookups: int) -> list[list[float]]:
@@ -66,38 +57,4 @@ def cumulative_share(counts: Sequence[int], sizes: Sequence[int], lookups: int) 
 
 def stamp_statistics(job: Job, manifest: Manifest) -> None:
     """Note which training rows they are of."""
-    job.mark(_WHERE, {**job.read(_WHERE), "train": _train_digest(manifest)})
-
-
-def _train_digest(manifest: Manifest) -> str:
-    digests = [file.sha256 or "" for file in manifest.splits["train"].files] if "train" in manifest.splits else []
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def read_frequencies(directory: Path, manifest: Manifest) -> dict[str, Frequency] | None:
-    """Look-ups of every table's rows, by table; ``None`` where a set has none, or those of other rows.
-
-    Args:
-        directory: of the set.
-        manifest: its.
-
-    Raises:
-        DataError: the file is damaged.
-    """
-    path = directory / _WHERE
-    try:
-        values: Any = json.loads(path.read_bytes())
-        if values["train"] != _train_digest(manifest):
-            return None
-        found = {
-            table["name"]: Frequency.from_steps(
-                [table["lookups_of_row_0"], *table["counts"]], [1, *table["rows_of_count"]], table["rows"]
-            )
-            for table in values["tables"]
-        }
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); remove it or prepare again") from None
-    rows = {table.name: table.rows for table in manifest.tables}
-    return found if {name: one.rows for name, one in found.items()} == rows else None
+    job.mark(STATISTICS, {**job.read(STATISTICS), "train": train_digest(manifest)})
