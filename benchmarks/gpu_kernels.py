@@ -35,7 +35,7 @@ from dlrm.model import DenseModel  # noqa: E402
 from dlrm.scalars import SIZE, write_guard, write_scalars  # noqa: E402
 from embedding import lookup_cuda, row_sort_cuda, sorted_update_cuda, sparse_optim  # noqa: E402
 from embedding.row_sort import RowSort  # noqa: E402
-from embedding.sparse_optim_cuda import sgd_one_hot  # noqa: E402
+from embedding.sparse_optim_cuda import sgd_bags, sgd_one_hot  # noqa: E402
 from pipeline.generated import SHAPES  # noqa: E402
 
 DIM, DENSE = 128, 13
@@ -194,7 +194,12 @@ class Tables:
         """The update by atomic additions."""
 
         def run() -> None:
-            sgd_one_hot(self.weight, self.row_start, self.keys, self.place, self.batch, self.gradients, scalars, guard)
+            rest = (self.place, self.batch, self.gradients, scalars, guard)
+            if len(self.offsets) == 0:
+                sgd_one_hot(self.weight, self.row_start, self.keys, *rest)
+            else:
+                bags = (self.keys, self.offsets, self.no_weights, self.mean)
+                sgd_bags(self.weight, self.row_start, *bags, *rest)
 
         return Case("sgd, atomic additions", run, 2 * self.rows_bytes + self.bags_bytes + self.keys.nbytes)
 
@@ -241,7 +246,7 @@ def embedding_cases(tables: Tables, kinds: Sequence[str], device: CudaDevice) ->
     """Look-up and updates."""
     guard = cupy.asarray(write_guard(np.empty(SIZE, FLOAT), 1.0))
     yield tables.lookup()
-    if len(tables.offsets) == 0 and tables.weight.dtype == FLOAT:
+    if tables.weight.dtype == FLOAT:
         yield tables.atomic_sgd(cupy.asarray(make_scalars(tables.batch, sparse=[1e-3])), guard)
     for kind in kinds:
         yield from tables.sorted_update(kind, guard, device)

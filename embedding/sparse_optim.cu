@@ -1,7 +1,8 @@
-// Sparse SGD with atomic additions: the kernel of sparse_optim_cuda.py, reference in sparse_optim.py.
+// Sparse SGD with atomic additions: the kernels of sparse_optim_cuda.py, references in sparse_optim.py.
 //
 // Shapes: T tables in one weight array of R rows, B rows of the batch, D columns, F places of the gradient.
-// Macros: DIM = D, a multiple of 4; KEY, GRAD: element types; HOT: rows of a table that are summed on the chip.
+// Macros: DIM = D, a multiple of 4; KEY, GRAD: element types; HOT: rows of a table that are summed on the chip; and for
+// bags WEIGHTED: 1 if keys have weights.
 //
 // Additions to one address queue up in the second level, and a table's first rows are its most frequent ones (or its
 // only ones). Every group of lanes therefore keeps sums of its own for the first HOT rows of its table in shared
@@ -103,3 +104,46 @@ KERNEL void __launch_bounds__(512) sgd_one_hot(
     __syncthreads();
   }
 }
+
+#ifdef WEIGHTED
+
+// The same for bags: a row gets its bag's gradient for every key, times the key's weight, divided by the bag's length
+// where pooling is mean. The groups of lanes take turns at the bags: a table's long bags meet all of them.
+KERNEL void __launch_bounds__(512) sgd_bags(
+    float* __restrict__ weight, const int64* __restrict__ row_start, const KEY* __restrict__ keys,
+    const int64* __restrict__ offsets, const float* __restrict__ key_weights, const unsigned char* __restrict__ mean,
+    const int64* __restrict__ place, uint32 num_rows, uint32 num_bags, int num_places,
+    const GRAD* __restrict__ gradients, const float* __restrict__ scalars, const float* __restrict__ guard) {
+  if (blocked(guard)) return;
+  const float rate = -scalars[SPARSE] * guard[UNSCALE];
+  const int lane = threadIdx.x % GROUP;
+  const int group = threadIdx.x % LANES / GROUP;
+  const uint32 members = GROUP == LANES ? ALL_LANES : ((1u << (GROUP % LANES)) - 1) << (group * GROUP);
+  const uint32 groups = gridDim.x * blockDim.x / GROUP;
+  for (uint64 bag = (uint64(blockIdx.x) * blockDim.x + threadIdx.x) / GROUP; bag < num_bags; bag += groups) {
+    const int64 begin = offsets[bag], end = offsets[bag + 1];
+    if (begin == end) continue;
+    const uint32 table = uint32(bag) / num_rows;
+    const int64 source = (int64(uint32(bag) - table * num_rows) * num_places + place[table]) * DIM + lane * 4;
+    const float of_bag = mean[table] ? rate / float(end - begin) : rate;
+    float4 v[PARTS];
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) v[p] = scaled(of_bag, stream_4(gradients + source + p * GROUP * 4));
+    float* rows = weight + row_start[table] * DIM + lane * 4;
+    for (int64 tile = begin; tile < end; tile += GROUP) {
+      const bool mine = tile + lane < end;
+      const KEY key = mine ? keys[tile + lane] : KEY(0);
+      const float factor = WEIGHTED && mine ? key_weights[tile + lane] : 1.0f;
+      for (int j = 0; j < GROUP && tile + j < end; ++j) {
+        const int64 row = __shfl_sync(members, key, j, GROUP);
+        const float by = WEIGHTED ? __shfl_sync(members, factor, j, GROUP) : 1.0f;
+#pragma unroll
+        for (int p = 0; p < PARTS; ++p) {
+          reduce_add_4(rows + row * DIM + p * GROUP * 4, WEIGHTED ? scaled(by, v[p]) : v[p]);
+        }
+      }
+    }
+  }
+}
+
+#endif  // WEIGHTED

@@ -335,3 +335,41 @@ def sgd_one_hot(
         np.subtract.at(
             weight, row_start[table] + keys[table], rate * gradients[:num_rows, place[table]].astype(weight.dtype)
         )
+
+
+def sgd_bags(
+    weight: Array,
+    row_start: Array,
+    keys: Array,
+    offsets: Array,
+    key_weights: Array,
+    mean: Array,
+    place: Array,
+    num_rows: int,
+    gradients: Array,
+    scalars: Array,
+    guard: Array,
+) -> None:
+    """SGD of bags of keys for captured steps: ``update_rows`` with the rate at ``scalars[SPARSE]``.
+
+    Nothing is written when ``guard`` says that a gradient is not finite or an exchange ran over.
+
+    Args:
+        weight: [R, D] float32; changed.
+        row_start: [T] int64, first row of each table.
+        keys: [K or more] int32 or int64, table-major.
+        offsets: [T * B + 1] int64.
+        key_weights: [K] float32; empty for none.
+        mean: [T] bool.
+        place: [T] int64, where each table's gradient lies.
+        num_rows: B.
+        gradients: [B or more, F, D] C-contiguous, times the loss scale.
+        scalars: see ``dlrm.scalars``.
+        guard: see ``dlrm.scalars``.
+    """
+    if is_blocked(guard):
+        return
+    scaled = gradients.astype(weight.dtype) * weight.dtype.type(guard[UNSCALE])
+    none, numbers = weight[:0], scalars[SPARSE : SPARSE + 8]
+    keys = keys[: int(offsets[-1])]
+    update(0, numbers, weight, none, none, row_start, keys, offsets, key_weights, mean, place, num_rows, scaled)

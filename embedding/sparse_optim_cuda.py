@@ -13,6 +13,8 @@ from embedding.lookup_cuda import share_tables
 
 SOURCE = Path(__file__).with_name("sparse_optim.cu")
 SGD_THREADS = 512
+BAG_BLOCKS = 4
+"""Blocks of a multiprocessor that walk the bags."""
 MOST_HOT_ROWS = 32
 """A lane notes in the bits of one word which rows it has met."""
 
@@ -26,11 +28,7 @@ def sgd_one_hot(
         DeviceError: the tables are not float32, or rows are no whole number of 16-byte pieces.
     """
     dim, num_tables = weight.shape[1], len(row_start)
-    if weight.dtype != np.float32 or dim % 4:
-        raise DeviceError(
-            f"embedding: tables of {dim} columns in {weight.dtype.name} cannot be updated by atomic additions, which "
-            "take float32 and a multiple of 4; set deterministic: true"
-        )
+    _check(weight)
     if num_tables == 0 or num_rows == 0:
         return
     groups = SGD_THREADS // group_lanes(dim)
@@ -44,6 +42,47 @@ def sgd_one_hot(
         blocks, SGD_THREADS, weight, row_start, keys, place, *shape, gradients, scalars, guard,
         shared_bytes=groups * (4 * dim * hot + 4),
     )  # fmt: skip
+
+
+def sgd_bags(
+    weight: Any,
+    row_start: Any,
+    keys: Any,
+    offsets: Any,
+    key_weights: Any,
+    mean: Any,
+    place: Any,
+    num_rows: int,
+    gradients: Any,
+    scalars: Any,
+    guard: Any,
+) -> None:
+    """See ``sparse_optim.sgd_bags``; ``weight`` is float32. Sums are in no defined order.
+
+    Raises:
+        DeviceError: the tables are not float32, or rows are no whole number of 16-byte pieces.
+    """
+    dim, num_bags = weight.shape[1], len(row_start) * num_rows
+    _check(weight)
+    if num_bags == 0:
+        return
+    weighted = int(len(key_weights) > 0)
+    types = (("KEY", c_type(keys)), ("GRAD", c_type(gradients)))
+    kernel = load(SOURCE, "sgd_bags", (("DIM", dim), *types, ("HOT", 1), ("WEIGHTED", weighted)))
+    blocks = min(-(-num_bags * group_lanes(dim) // SGD_THREADS), kernel.multiprocessors * BAG_BLOCKS)
+    shape = (np.uint32(num_rows), np.uint32(num_bags), np.int32(gradients.shape[1]))
+    kernel(
+        blocks, SGD_THREADS, weight, row_start, keys, offsets, key_weights, mean, place, *shape, gradients, scalars,
+        guard,
+    )  # fmt: skip
+
+
+def _check(weight: Any) -> None:
+    if weight.dtype != np.float32 or weight.shape[1] % 4:
+        raise DeviceError(
+            f"embedding: tables of {weight.shape[1]} columns in {weight.dtype.name} cannot be updated by atomic "
+            "additions, which take float32 and a multiple of 4; set deterministic: true"
+        )
 
 
 def group_lanes(dim: int) -> int:

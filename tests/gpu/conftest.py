@@ -18,6 +18,7 @@ CUDA_MODULES = (
     "dlrm.philox_cuda",
     "embedding.row_sort_cuda",
     "embedding.sorted_update_cuda",
+    "embedding.sparse_optim_cuda",
 )
 """Launches that run emulated too."""
 
@@ -96,4 +97,6 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     emulator = request.getfixturevalue("_emulator")
     for name in CUDA_MODULES:
         monkeypatch.setattr(importlib.import_module(name), "load", emulator.load)
+    limits = (3, 64 * 1024)
+    monkeypatch.setattr("embedding.sparse_optim_cuda.device_limits", lambda: limits)
     return Emulated

@@ -14,6 +14,8 @@ from embedding import row_sort_cuda, sorted_update_cuda
 from embedding.row_sort import COUNT, RowSort, digits_of, sort_rows
 from embedding.sorted_update import update_sorted, widened
 from embedding.sparse_optim import KINDS, constants, mark_touched, state_specs
+from embedding.sparse_optim import sgd_bags as host_sgd_bags
+from embedding.sparse_optim_cuda import sgd_bags, sgd_one_hot
 
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 NO_OFFSETS, NO_WEIGHTS = np.empty(0, np.int64), np.empty(0, np.float32)
@@ -225,6 +227,34 @@ def test_the_same_bits_every_time(machine: Any, kind: str, rng: np.random.Genera
         np.testing.assert_array_equal(again, weight)
         for array, expected in zip(again_state, state, strict=True):
             np.testing.assert_array_equal(array, expected)
+
+
+@pytest.mark.parametrize("bags", ["one", "bags", "weighted"])
+def test_atomic_additions_come_to_the_same(machine: Any, bags: str, rng: np.random.Generator) -> None:
+    for dim in [int(rng.choice([4, 16, 48]))] if machine.emulated else DIMS:
+        batch = Batch(rng, [30, 1, 3, 500, 77], 260, bags=bags)
+        update = Update(rng, batch, "sgd", dim, "float32", str(rng.choice(["float32", "float16"])))
+        weight, stopped = machine.array(update.weight), update.guard.copy()
+        stopped.view(np.int32)[int(rng.choice([NOT_FINITE, OVERFLOW]))] = 1
+        row_start, keys, offsets, key_weights = (machine.array(array) for array in batch.named())
+        place, gradients, scalars = (machine.array(x) for x in (batch.place, update.gradients, update.scalars))
+        for guard in (stopped, update.guard):
+            rest = (place, batch.num_rows, gradients, scalars, machine.array(guard))
+            if bags == "one":
+                sgd_one_hot(weight, row_start, keys, *rest)
+            else:
+                sgd_bags(weight, row_start, keys, offsets, key_weights, machine.array(batch.mean), *rest)
+            if guard is stopped:
+                np.testing.assert_array_equal(machine.host(weight), update.weight)
+        expected, _ = update.reference(np.float64)
+        np.testing.assert_allclose(machine.host(weight), expected, rtol=1e-4, atol=1e-4)
+        touched = update.touched()
+        np.testing.assert_array_equal(machine.host(weight)[~touched], update.weight[~touched])
+        if bags != "one" and update.gradients.dtype == np.float32:
+            plain = update.weight.astype(np.float64)
+            numbers = (update.gradients, update.scalars, update.guard)
+            host_sgd_bags(plain, *batch.named(), batch.mean, batch.place, batch.num_rows, *numbers)
+            np.testing.assert_allclose(plain, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("flag", [NOT_FINITE, OVERFLOW])

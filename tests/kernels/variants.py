@@ -16,6 +16,8 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
     "embedding/sparse_optim.cu": (
         (("DIM", 128), ("KEY", "int"), ("GRAD", "half_t"), ("HOT", 26)),
         (("DIM", 16), ("KEY", "int64"), ("GRAD", "bfloat_t"), ("HOT", 32)),
+        (("DIM", 128), ("KEY", "int"), ("GRAD", "half_t"), ("HOT", 1), ("WEIGHTED", 0)),
+        (("DIM", 48), ("KEY", "int64"), ("GRAD", "float"), ("HOT", 1), ("WEIGHTED", 1)),
         (("DIM", 256), ("KEY", "int"), ("GRAD", "float"), ("HOT", 6)),
     ),
     "embedding/row_sort.cu": (
