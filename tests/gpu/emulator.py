@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dlrm.nvrtc import Defines
+from dlrm.nvrtc import Defines, branch_arch
 
 ROOT = Path(__file__).parents[2]
 HEADERS = ROOT / "tests" / "kernels"
@@ -80,9 +80,10 @@ class Emulator:
 
     def load(self, source: Path, name: str, defines: Defines = ()) -> EmulatedKernel:
         """Kernel ``name`` of a source, which is compiled once with all its kernels."""
-        key = (source, defines)
+        macros = (("CROSSLANE_ARCH", branch_arch("90a")), *defines)
+        key = (source, macros)
         if key not in self._libraries:
-            self._libraries[key] = self._compile(source, defines)
+            self._libraries[key] = self._compile(source, macros)
         return EmulatedKernel(getattr(self._libraries[key], f"emulate_{name}"))
 
     def _compile(self, source: Path, defines: Defines) -> Any:
@@ -98,7 +99,7 @@ class Emulator:
         stem = f"{source.stem}-{hashlib.sha256(repr(defines).encode()).hexdigest()[:16]}"
         place, library = self._folder / f"{stem}.cpp", self._folder / f"{stem}.so"
         place.write_text(f'#include "emulation_blocks.h"\n#include "{source}"\n' + "".join(entries), encoding="utf-8")
-        macros = [f"-D{macro}={value}" for macro, value in (("CROSSLANE_ARCH", 90), *defines)]
+        macros = [f"-D{macro}={value}" for macro, value in defines]
         flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", f"-I{HEADERS}", f"-I{ROOT}"]
         command = [str(compiler()), *flags, *macros, str(place), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)

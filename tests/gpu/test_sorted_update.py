@@ -229,6 +229,13 @@ def test_the_same_bits_every_time(machine: Any, kind: str, rng: np.random.Genera
             np.testing.assert_array_equal(array, expected)
 
 
+def test_sgd_without_wide_additions(machine: Any, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    """The branch of GPUs before sm_90, which `CROSSLANE_FORCE_ARCH=80` takes for a whole run on a GPU."""
+    if machine.emulated:
+        monkeypatch.setenv("CROSSLANE_FORCE_ARCH", "80")
+    check(machine, Update(rng, Batch(rng, [30, 1, 300], 260, bags="bags"), "sgd", 16, "float32", "float16"))
+
+
 @pytest.mark.parametrize("bags", ["one", "bags", "weighted"])
 def test_atomic_additions_come_to_the_same(machine: Any, bags: str, rng: np.random.Generator) -> None:
     for dim in [int(rng.choice([4, 16, 48]))] if machine.emulated else DIMS:
