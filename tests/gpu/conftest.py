@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 
 CUDA_MODULES = (
+    "dlrm.interaction_cuda",
     "dlrm.loss_cuda",
     "dlrm.optim_cuda",
     "dlrm.philox_cuda",
+    "embedding.lookup_cuda",
     "embedding.row_sort_cuda",
     "embedding.sorted_update_cuda",
     "embedding.sparse_optim_cuda",
@@ -80,6 +83,28 @@ class Emulated:
     def host(array: Any) -> np.ndarray:
         """A copy."""
         return np.array(array)
+
+
+EMULATED_SAMPLES = 4
+"""Of the many shapes and types of test_kernels.py, so many of each test run without a GPU."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU, take few and small ones of the tests that go through many shapes: each compiles a source."""
+    if _has_gpu():
+        return
+    by_test: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.path == Path(__file__).with_name("test_kernels.py"):
+            by_test.setdefault(item.name.partition("[")[0], []).append(item)
+    left_out: set[pytest.Item] = set()
+    for own in by_test.values():
+        small = [item for item in own if not re.search(r"\b\d*000\b", item.name)] or own
+        kept = {small[at * len(small) // EMULATED_SAMPLES] for at in range(EMULATED_SAMPLES)}
+        left_out |= set(own) - kept
+    if left_out:
+        config.hook.pytest_deselected(items=sorted(left_out, key=items.index))
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

@@ -32,14 +32,14 @@ def compiler() -> str | None:
 
 
 def _without_branches(text: str, defines: Defines) -> str:
-    """A source without what stands behind an ``#ifdef`` of a macro that is not given."""
+    """A source without what stands behind an ``#ifdef`` or ``#ifndef`` that does not hold."""
     given = {name for name, _ in defines}
-    return re.sub(
-        r"^#ifdef (\w+)$.*?^#endif  // \1$",
-        lambda found: found[0] if found[1] in given else "",
-        text,
-        flags=re.MULTILINE | re.DOTALL,
-    )
+
+    def chosen(found: re.Match[str]) -> str:
+        first, _, second = found[3].partition("\n#else")
+        return first if (found[1] == "ifdef") == (found[2] in given) else second
+
+    return re.sub(r"^#(ifdef|ifndef) (\w+)$(.*?)^#endif  // \2$", chosen, text, flags=re.MULTILINE | re.DOTALL)
 
 
 class EmulatedKernel:

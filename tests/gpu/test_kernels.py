@@ -12,19 +12,6 @@ import pytest
 
 from dlrm.scalars import NOT_FINITE, OVERFLOW, SIZE, write_guard, write_scalars
 
-cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
-
-
-def _gpus() -> int:
-    try:
-        return int(cupy.cuda.runtime.getDeviceCount())
-    except cupy.cuda.runtime.CUDARuntimeError:
-        return 0
-
-
-if not _gpus():
-    pytest.skip("no GPU is visible", allow_module_level=True)
-
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 NO_OFFSETS, NO_WEIGHTS = np.empty(0, np.int64), np.empty(0, np.float32)
 
@@ -40,14 +27,14 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
 
 def decode(array: Any) -> np.ndarray:
     """An array of the host or the GPU as float64."""
-    host = array.get() if hasattr(array, "get") else array
+    host = np.asarray(array.get() if hasattr(array, "get") else array)
     if host.dtype == np.uint16:
         host = (host.astype(np.uint32) << 16).view(np.float32)
     return host.astype(np.float64)
 
 
-def poisoned(shape: tuple[int, ...], dtype: str) -> Any:
-    return cupy.asarray(encode(np.full(shape, np.nan), dtype))
+def poisoned(machine: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    return machine.array(encode(np.full(shape, np.nan), dtype))
 
 
 def assert_close(found: Any, expected: np.ndarray, eps: float, size: np.ndarray | float) -> None:
@@ -88,7 +75,7 @@ SHAPES = [(8, 1), (16, 1000), (64, 7), (128, 1000), (128, 33), (256, 100), (48, 
 @pytest.mark.parametrize("out_dtype", EPS)
 @pytest.mark.parametrize("key_dtype", ["int32", "int64"])
 def test_rows_are_copied(
-    dim: int, num_rows: int, dtype: str, out_dtype: str, key_dtype: str, rng: np.random.Generator
+    machine: Any, dim: int, num_rows: int, dtype: str, out_dtype: str, key_dtype: str, rng: np.random.Generator
 ) -> None:
     from embedding.lookup_cuda import gather_pool
 
@@ -96,9 +83,9 @@ def test_rows_are_copied(
     spoilt = int(t.absolute()[3, 0])
     t.weight[spoilt, 1] = encode(np.array(np.inf), dtype)
     t.weight[spoilt, 2] = encode(np.array(np.nan), dtype)
-    out = poisoned((num_rows + 1, 6, dim), out_dtype)
-    arguments = [cupy.asarray(x) for x in (t.weight, t.row_start, t.keys, NO_OFFSETS, NO_WEIGHTS, np.zeros(5, bool))]
-    gather_pool(*arguments, cupy.asarray(t.place), num_rows, out)
+    out = poisoned(machine, (num_rows + 1, 6, dim), out_dtype)
+    arguments = [machine.array(x) for x in (t.weight, t.row_start, t.keys, NO_OFFSETS, NO_WEIGHTS, np.zeros(5, bool))]
+    gather_pool(*arguments, machine.array(t.place), num_rows, out)
     expected = np.full(out.shape, np.nan)
     expected[:num_rows, t.place] = decode(t.weight)[t.absolute()].transpose(1, 0, 2)
     np.testing.assert_array_equal(decode(out), decode(encode(expected, out_dtype)))
@@ -107,7 +94,9 @@ def test_rows_are_copied(
 @pytest.mark.parametrize(("dim", "num_rows"), SHAPES)
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_bags_are_pooled(dim: int, num_rows: int, dtype: str, weighted: bool, rng: np.random.Generator) -> None:
+def test_bags_are_pooled(
+    machine: Any, dim: int, num_rows: int, dtype: str, weighted: bool, rng: np.random.Generator
+) -> None:
     from embedding.lookup_cuda import gather_pool
 
     t = Tables(rng, dim, num_rows, dtype, "int32")
@@ -116,8 +105,8 @@ def test_bags_are_pooled(dim: int, num_rows: int, dtype: str, weighted: bool, rn
     keys = t.draw(rng, np.repeat(np.repeat(t.rows, num_rows), lengths)).astype(np.int32)
     factors = rng.uniform(-2, 2, len(keys)).astype(np.float32) if weighted else NO_WEIGHTS
     mean = rng.random(5) < 0.5
-    out = poisoned((num_rows, 6, dim), "float32")
-    arguments = [cupy.asarray(x) for x in (t.weight, t.row_start, keys, offsets, factors, mean, t.place)]
+    out = poisoned(machine, (num_rows, 6, dim), "float32")
+    arguments = [machine.array(x) for x in (t.weight, t.row_start, keys, offsets, factors, mean, t.place)]
     gather_pool(*arguments, num_rows, out)
 
     bag = np.repeat(np.arange(5 * num_rows), lengths)
@@ -132,27 +121,29 @@ def test_bags_are_pooled(dim: int, num_rows: int, dtype: str, weighted: bool, rn
     assert_close(out, expected, 130 * EPS["float32"], size + 1e-30)
 
 
-def blocks(**values: Any) -> tuple[Any, Any]:
+def blocks(machine: Any, **values: Any) -> tuple[Any, Any]:
     scalars = write_scalars(np.empty(SIZE, np.float32), global_rows=100, valid_rows=100, step=3, seed=7, **values)
-    return cupy.asarray(scalars), cupy.asarray(write_guard(np.empty(SIZE, np.float32), 1024.0))
+    return machine.array(scalars), machine.array(write_guard(np.empty(SIZE, np.float32), 1024.0))
 
 
 @pytest.mark.parametrize(("dim", "num_rows"), [*SHAPES, (128, 20_000)])
 @pytest.mark.parametrize("dtype", EPS)
-def test_sgd_subtracts_every_gradient_once(dim: int, num_rows: int, dtype: str, rng: np.random.Generator) -> None:
+def test_sgd_subtracts_every_gradient_once(
+    machine: Any, dim: int, num_rows: int, dtype: str, rng: np.random.Generator
+) -> None:
     from embedding.sparse_optim_cuda import sgd_one_hot
 
     t = Tables(rng, dim, num_rows, "float32", "int32")
     gradients = encode(100 * rng.standard_normal((num_rows, 6, dim)), dtype)
-    scalars, guard = blocks(lr=0.0, sparse=[0.5])
-    weight = cupy.asarray(t.weight)
-    arguments = [cupy.asarray(x) for x in (t.row_start, t.keys, t.place)]
+    scalars, guard = blocks(machine, lr=0.0, sparse=[0.5])
+    weight = machine.array(t.weight)
+    arguments = [machine.array(x) for x in (t.row_start, t.keys, t.place)]
     for flag in (NOT_FINITE, OVERFLOW):
         stop = guard.copy()
         stop.view(np.int32)[flag] = 1
-        sgd_one_hot(weight, *arguments, num_rows, cupy.asarray(gradients), scalars, stop)
-        np.testing.assert_array_equal(weight.get(), t.weight)
-    sgd_one_hot(weight, *arguments, num_rows, cupy.asarray(gradients), scalars, guard)
+        sgd_one_hot(weight, *arguments, num_rows, machine.array(gradients), scalars, stop)
+        np.testing.assert_array_equal(machine.host(weight), t.weight)
+    sgd_one_hot(weight, *arguments, num_rows, machine.array(gradients), scalars, guard)
 
     steps = 0.5 / 1024 * decode(gradients)[:, t.place].transpose(1, 0, 2)
     expected, size = t.weight.astype(np.float64), np.abs(t.weight.astype(np.float64))
@@ -160,7 +151,7 @@ def test_sgd_subtracts_every_gradient_once(dim: int, num_rows: int, dtype: str, 
     np.add.at(size, t.absolute(), np.abs(steps))
     counts = np.bincount(t.absolute().ravel(), minlength=len(expected))
     assert_close(weight, expected, EPS["float32"], size * (counts[:, None] + 2))
-    np.testing.assert_array_equal(weight.get()[counts == 0], t.weight[counts == 0])
+    np.testing.assert_array_equal(machine.host(weight)[counts == 0], t.weight[counts == 0])
 
 
 INTERACTIONS = [(27, 128, 1), (27, 128, 0), (9, 64, 1), (2, 8, 1), (40, 16, 0), (64, 32, 1), (17, 256, 1), (3, 24, 0)]
@@ -181,7 +172,14 @@ def dots(vectors: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_interaction(
-    num_rows: int, num_vectors: int, dim: int, first: int, dtype: str, padded: bool, rng: np.random.Generator
+    machine: Any,
+    num_rows: int,
+    num_vectors: int,
+    dim: int,
+    first: int,
+    dtype: str,
+    padded: bool,
+    rng: np.random.Generator,
 ) -> None:
     from dlrm.interaction_cuda import interaction_backward, interaction_backward_relu, interaction_forward
 
@@ -189,8 +187,8 @@ def test_interaction(
     exact = decode(vectors)
     expected, size = dots(exact, first)
     width = expected.shape[1]
-    out = poisoned((num_rows, -(-width // 8) * 8 if padded else width), dtype)
-    interaction_forward(cupy.asarray(vectors), out[:, :width], first)
+    out = poisoned(machine, (num_rows, -(-width // 8) * 8 if padded else width), dtype)
+    interaction_forward(machine.array(vectors), out[:, :width], first)
     assert_close(out[:, :width], expected, EPS[dtype] + dim * EPS["float32"], size + 1e-3)
     if padded and dtype != "float32":
         assert not decode(out[:, width:]).any()
@@ -203,24 +201,26 @@ def test_interaction(
     if first:
         expected[:, 0] += decode(grads)[:, :dim]
         size[:, 0] += np.abs(decode(grads)[:, :dim])
-    found = poisoned(vectors.shape, dtype)
-    interaction_backward(cupy.asarray(vectors), cupy.asarray(grads)[:, :width], found, first)
+    found = poisoned(machine, vectors.shape, dtype)
+    interaction_backward(machine.array(vectors), machine.array(grads)[:, :width], found, first)
     assert_close(found, expected, EPS[dtype] + num_vectors * EPS["float32"], size + 1e-3)
     if first:
         expected[:, 0][exact[:, 0] <= 0] = 0
-    found = poisoned(vectors.shape, dtype)
-    interaction_backward_relu(cupy.asarray(vectors), cupy.asarray(grads)[:, :width], found, first)
+    found = poisoned(machine, vectors.shape, dtype)
+    interaction_backward_relu(machine.array(vectors), machine.array(grads)[:, :width], found, first)
     assert_close(found, expected, EPS[dtype] + num_vectors * EPS["float32"], size + 1e-3)
 
 
 @pytest.mark.parametrize("dtype", EPS)
-def test_a_number_that_is_none_reaches_its_pairs_and_no_others(dtype: str, rng: np.random.Generator) -> None:
+def test_a_number_that_is_none_reaches_its_pairs_and_no_others(
+    machine: Any, dtype: str, rng: np.random.Generator
+) -> None:
     from dlrm.interaction_cuda import interaction_forward
 
     vectors = rng.standard_normal((50, 27, 128))
     vectors[20, 4, 9] = np.nan
-    out = poisoned((50, 480), dtype)
-    interaction_forward(cupy.asarray(encode(vectors, dtype)), out[:, :479], 1)
+    out = poisoned(machine, (50, 480), dtype)
+    interaction_forward(machine.array(encode(vectors, dtype)), out[:, :479], 1)
     lower = np.tril_indices(27, -1)
     hit = np.zeros((50, 479), bool)
     hit[20, 128:] = (lower[0] == 4) | (lower[1] == 4)
@@ -233,21 +233,21 @@ def test_a_number_that_is_none_reaches_its_pairs_and_no_others(dtype: str, rng: 
 @pytest.mark.parametrize("out_dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("first", [0, 1])
 def test_look_up_and_interaction_in_one_equal_both(
-    num_rows: int, dim: int, dtype: str, out_dtype: str, first: int, rng: np.random.Generator
+    machine: Any, num_rows: int, dim: int, dtype: str, out_dtype: str, first: int, rng: np.random.Generator
 ) -> None:
     from dlrm.interaction_cuda import gather_interaction, interaction_forward
     from embedding.lookup_cuda import gather_pool
 
     t = Tables(rng, dim, num_rows, dtype, "int32")
-    vectors = poisoned((num_rows, first + 5, dim), out_dtype)
-    bottom = cupy.asarray(encode(rng.standard_normal((num_rows, dim)), out_dtype))
+    vectors = poisoned(machine, (num_rows, first + 5, dim), out_dtype)
+    bottom = machine.array(encode(rng.standard_normal((num_rows, dim)), out_dtype))
     if first:
         vectors[:, 0] = bottom
-    weight, row_start, keys = cupy.asarray(t.weight), cupy.asarray(t.row_start), cupy.asarray(t.keys)
-    nothing = [cupy.asarray(x) for x in (NO_OFFSETS, NO_WEIGHTS, np.zeros(5, bool), np.arange(first, first + 5))]
+    weight, row_start, keys = machine.array(t.weight), machine.array(t.row_start), machine.array(t.keys)
+    nothing = [machine.array(x) for x in (NO_OFFSETS, NO_WEIGHTS, np.zeros(5, bool), np.arange(first, first + 5))]
     gather_pool(weight, row_start, keys, *nothing, num_rows, vectors)
     width = first * dim + (first + 5) * (first + 4) // 2
-    apart, fused = (poisoned((num_rows, -(-width // 8) * 8), out_dtype) for _ in range(2))
+    apart, fused = (poisoned(machine, (num_rows, -(-width // 8) * 8), out_dtype) for _ in range(2))
     interaction_forward(vectors, apart[:, :width], first)
     gather_interaction(bottom, weight, row_start, keys, num_rows, fused[:, :width], first)
     np.testing.assert_array_equal(decode(fused), decode(apart))

@@ -26,6 +26,7 @@ struct Barrier { unsigned waiting = 0, generation = 0; };
 
 struct Warp {
   unsigned long long given[WARP];
+  unsigned fragments[WARP][6];
   std::map<unsigned, Barrier> barriers;  // by mask
 };
 
@@ -201,3 +202,36 @@ inline unsigned bfloat_bits(float value) {
   return value != value ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
 inline unsigned pack_bfloat(float low, float high) { return bfloat_bits(low) | bfloat_bits(high) << 16; }
+
+// The matrix instruction: where a lane's numbers lie in the matrices is PTX's layout for mma.m16n8k16.
+template <typename T>
+void multiply_16x8x16(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  emulated::Warp& warp = emulated::warps[emulated::current / 32];
+  const unsigned lane = emulated::current % 32, own[6] = {a0, a1, a2, a3, b0, b1};
+  // kernels.cuh, which comes behind this, has to_float for its two types.
+  const auto number = [](unsigned bits) { return to_float(T{(unsigned short)bits}); };
+  std::memcpy(warp.fragments[lane], own, sizeof own);
+  emulated::arrive_warp(0xffffffffu);
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4 + (i / 2) * 8, column = lane % 4 * 2 + i % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned a = warp.fragments[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+      const unsigned b = warp.fragments[column * 4 + k % 8 / 2][4 + k / 8];
+      c[i] += number(a >> k % 2 * 16) * number(b >> k % 2 * 16);
+    }
+  }
+  emulated::arrive_warp(0xffffffffu);
+}
+inline unsigned transpose_8x8(unsigned pair) {
+  emulated::Warp& warp = emulated::warps[emulated::current / 32];
+  const unsigned lane = emulated::current % 32;
+  warp.given[lane] = pair;
+  emulated::arrive_warp(0xffffffffu);
+  unsigned turned = 0;
+  for (unsigned i = 0; i < 2; ++i) {
+    const unsigned row = lane % 4 * 2 + i, column = lane / 4;
+    turned |= (unsigned(warp.given[row * 4 + column / 2]) >> column % 2 * 16 & 0xffffu) << i * 16;
+  }
+  emulated::arrive_warp(0xffffffffu);
+  return turned;
+}
