@@ -32,6 +32,7 @@ from pipeline.manifest import (
 )
 
 AdoptLayout = Literal["hugectr-raw", "dlrm-bin"]
+"""Of ``adopt``; ``adopt_parquet`` has Parquet files."""
 
 _PROBED_ROWS = 1024  # read at each end of a split, so that a wrong layout shows at once
 _LARGEST_COUNT = 1 << 26  # float32 values of usual size have larger bit patterns than any usual count
@@ -121,6 +122,17 @@ def adopt(
         infos = tuple(_file_info(path, row_bytes, checksums) for path in paths)
         splits[split] = SplitInfo(rows=sum(info.rows for info in infos), files=infos)
     manifest = replace(shape, splits=splits)
+    for info in (file for split in splits.values() for file in split.files):
+        _check_types(Path(info.path), manifest)
+    return publish(directory, manifest, relative=relative, overwrite=overwrite)
+
+
+def publish(directory: Path, manifest: Manifest, *, relative: bool, overwrite: bool) -> Path:
+    """Write a manifest over files that are there, after a look into both ends of each split.
+
+    Raises:
+        DataError: rows do not hold what the manifest says, or the folder holds a data set already.
+    """
     _probe(Dataset(directory, manifest))
     if relative:
         manifest = _relative_to(directory.resolve(), manifest)
@@ -184,8 +196,6 @@ def _relative_to(directory: Path, manifest: Manifest) -> Manifest:
 def _probe(dataset: Dataset) -> None:
     """Read both ends of each split, so that a wrong number of tables, rows or columns is refused here."""
     for name, info in dataset.splits.items():
-        for file in info.files:
-            _check_types(Path(file.path), dataset.manifest)
         split = dataset.split(name)
         for rows in (slice(0, _PROBED_ROWS), slice(max(0, info.rows - _PROBED_ROWS), info.rows)):
             try:

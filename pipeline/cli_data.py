@@ -156,8 +156,11 @@ def data_fetch(
 @data_app.command("adopt", cls=ManyValues)
 def data_adopt(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Training rows, in order.")],
-    layout: Annotated[Literal["hugectr-raw", "dlrm-bin"], typer.Option(help="What the files are.")],
-    rows: Annotated[str, typer.Option(metavar="R1,R2,...", help="Rows of each table, in column order.")],
+    layout: Annotated[Literal["hugectr-raw", "dlrm-bin", "parquet"], typer.Option(help="What the files are.")],
+    rows: Annotated[
+        str | None,
+        typer.Option(metavar="R1,R2,...", help="Rows of each table, in column order; parquet: default as found."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder that gets the manifest; default: that of the first file.")
     ] = None,
@@ -178,13 +181,28 @@ def data_adopt(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a manifest over existing Raw files; nothing is copied."""
+    """Write a manifest over existing Raw or Parquet files; nothing is copied."""
     settle_threads()
     from pipeline.adopt import adopt
+    from pipeline.adopt_parquet import adopt_parquet
 
-    splits = {"train": files, "validation": validation, "test": test}
+    every = {"train": files, "validation": validation, "test": test}
+    splits = {split: paths for split, paths in every.items() if paths}
+    if layout == "parquet":
+        directory = adopt_parquet(
+            splits,
+            out=out or (files[0] if files[0].is_dir() else files[0].parent),
+            table_rows=parse_counts("--rows", rows) if rows is not None else None,
+            name=name,
+            checksums=checksums,
+            overwrite=overwrite,
+        )
+        print_dataset(directory, as_json=as_json)
+        return
+    if rows is None:
+        raise ConfigError(f"--rows: missing; {layout} files do not say how many rows each table has")
     directory = adopt(
-        {split: paths for split, paths in splits.items() if paths},
+        splits,
         layout=layout,
         rows_per_table=parse_counts("--rows", rows),
         out=out or files[0].parent,

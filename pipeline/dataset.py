@@ -18,8 +18,9 @@ from dlrm.errors import DataError
 from embedding.jagged import Jagged
 from pipeline.formats.batch import HostBatch, size_fault
 from pipeline.formats.jagged import JaggedReader
+from pipeline.formats.parquet_rows import ParquetRows
 from pipeline.formats.raw import RawReader, RowFiles, Rows
-from pipeline.formats.record_files import RecordFiles, RecordSource, prefers_direct
+from pipeline.formats.record_files import DecodedRecords, RecordFiles, RecordSource, prefers_direct
 from pipeline.generated import SCHEME, GeneratedRecords, GeneratedRows, RowNumbers, parse_synthetic
 from pipeline.generator import DeviceRows
 from pipeline.manifest import Ceilings, FileInfo, Manifest, SplitInfo, TableInfo, read_manifest, row_words
@@ -57,8 +58,14 @@ class Split:
         self._reader: JaggedReader | RawReader = (
             JaggedReader(dataset.path, manifest, info)
             if manifest.layout == "jagged"
-            else RawReader(dataset.path, manifest, info, self._generated)
+            else RawReader(dataset.path, manifest, info, self._row_files())
         )
+
+    def _row_files(self) -> RowFiles | None:
+        """What stands for the Raw files of a split that has none."""
+        if self._dataset.manifest.layout == "parquet":
+            return ParquetRows(self._dataset.path, self._dataset.manifest, self._info)
+        return self._generated
 
     def read(self, rows: NDArray[np.int64] | slice) -> HostBatch:
         """Read rows in the order asked for; safe from several threads at once.
@@ -183,6 +190,8 @@ class Split:
             return RowNumbers(self.made())
         if self._generated is not None:
             return GeneratedRecords(self._generated)
+        if self._dataset.manifest.layout == "parquet":
+            return DecodedRecords(self._dataset.manifest, self._reader.files)
         if direct is None:
             direct = prefers_direct(sum(file.bytes for file in self._info.files))
         return RecordFiles(self._dataset.path, self._dataset.manifest, self._info, self._reader.files, direct=direct)
@@ -361,5 +370,5 @@ def _check_size(path: Path, file: FileInfo, manifest: Manifest) -> None:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; restore the file or prepare the data set again") from None
     if found != file.bytes:
-        row_bytes = 4 * row_words(manifest) if file.part == "rows" else None
+        row_bytes = 4 * row_words(manifest) if file.part == "rows" and manifest.layout != "parquet" else None
         raise DataError(size_fault(path, found, file.bytes, row_bytes))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dlrm.errors import ConfigError
 from pipeline.formats.raw import RowFiles
-from pipeline.formats.record_files import Bytes, RecordLayout, Records
+from pipeline.formats.record_files import Bytes, RecordLayout, Records, rows_of_runs
 from pipeline.generator import Generator
 from pipeline.manifest import DenseInfo, Manifest, Recipe, SplitInfo, TableInfo, write_manifest
 from pipeline.writer import DatasetWriter
@@ -184,8 +184,7 @@ class GeneratedRecords:
 
     def read_runs(self, runs: Sequence[tuple[int, int]], buffer: Bytes) -> Records:
         """See ``RecordSource.read_runs``."""
-        numbers = [np.arange(first, first + count, dtype=np.int64) for first, count in runs]
-        return self.read_rows(np.concatenate([*numbers, np.empty(0, np.int64)]), buffer)
+        return self.read_rows(rows_of_runs(runs), buffer)
 
     def read_rows(self, rows: Rows, buffer: Bytes) -> Records:
         """See ``RecordSource.read_rows``."""
@@ -193,9 +192,9 @@ class GeneratedRecords:
         self._rows.generator.write(rows + self._rows.first, records)
         return records
 
-    def locate(self, row: int) -> tuple[Path, int, int]:
-        """See ``RecordSource.locate``; the byte is the one that a Raw file would have it at."""
-        return self._rows.name, row, row * self.layout.words * 4
+    def place_of(self, row: int) -> str:
+        """See ``RecordSource.place_of``; the byte is the one that a Raw file would have it at."""
+        return self._rows.place(row, "label")
 
     def close(self) -> None:
         """Nothing is open."""

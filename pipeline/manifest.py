@@ -21,7 +21,7 @@ from dlrm.errors import DataError
 MANIFEST_NAME = "dataset.json"
 FORMAT_VERSION: Literal[1] = 1
 
-Layout = Literal["raw", "jagged", "synthetic"]
+Layout = Literal["raw", "jagged", "parquet", "synthetic"]
 DenseDtype = Literal["float32", "int32"]
 DenseTransform = Literal["as_is", "log1p_at_read"]
 KeyDtype = Literal["int32", "int64"]
@@ -124,6 +124,8 @@ class Manifest:
     layout: Layout
     label_dtype: LabelDtype = "int32"
     """``float32``: 0.0 and 1.0, as HugeCTR's ``float_label_dense`` has them."""
+    label_column: str | None = None
+    """Layout ``parquet``: the label's column; the others bear the names of dense columns and tables."""
     dense: DenseInfo = Field(default_factory=DenseInfo)
     key_dtype: KeyDtype = "int32"
     weighted: bool = False
@@ -158,6 +160,12 @@ class Manifest:
                 raise DataError(f"table {table.name!r}: hotness 0; Raw rows have at least one key column a table")
         if self.layout == "synthetic" and (self.recipe is None or len(self.recipe.exponents) != len(self.tables)):
             raise DataError("recipe: missing, or without an exponent for each table; layout 'synthetic' needs them")
+        if self.layout == "parquet" and (
+            self.label_column is None or self.weighted or self.dense.dtype != "float32" or self.label_dtype != "int32"
+        ):
+            raise DataError(
+                "layout 'parquet' needs label_column, float32 dense columns, no weights, and labels that become int32"
+            )
         if not self.tables and not self.dense.names:
             raise DataError("tables and dense.names are both empty; a data set needs at least one feature")
         for name, split in self.splits.items():
@@ -166,7 +174,7 @@ class Manifest:
 
 
 def row_words(manifest: Manifest) -> int:
-    """32-bit words of one row of a ``rows`` file: label, dense columns and, in Raw, keys and weights."""
+    """32-bit words of a row of a ``rows`` file (Parquet: once decoded): label, dense and, unless jagged, keys."""
     words = 1 + len(manifest.dense.names)
     if manifest.layout != "jagged":
         columns = sum(table.hotness for table in manifest.tables)
@@ -175,7 +183,9 @@ def row_words(manifest: Manifest) -> int:
 
 
 def expected_bytes(manifest: Manifest, file: FileInfo) -> int | None:
-    """Bytes that a file must have by its rows; ``None`` for jagged keys and weights (their bags' sum)."""
+    """Bytes that a file must have by its rows; ``None`` where they do not follow (Parquet; jagged keys and weights)."""
+    if manifest.layout == "parquet":
+        return None
     if file.part == "rows":
         return file.rows * row_words(manifest) * 4
     return (file.rows + 1) * 8 if file.part == "offsets" else None
@@ -245,7 +255,7 @@ def _check_files(name: str, split: SplitInfo, manifest: Manifest) -> None:
             )
     parts: list[tuple[str, str | None]] = [(file.part, file.table) for file in split.files]
     wanted: list[tuple[str, str | None]]
-    if manifest.layout == "raw":
+    if manifest.layout in ("raw", "parquet"):
         wanted = [("rows", None)] * len(parts)
     else:
         kinds = ("offsets", "keys", "weights") if manifest.weighted else ("offsets", "keys")

@@ -77,8 +77,7 @@ class RecordBatch:
 
     def locate(self, place: int) -> str:
         """Where record ``place`` of ``records`` comes from, for errors: file, row and byte."""
-        path, inside, byte = self._source.locate(self._row(place))
-        return f"{path}: row {inside} (byte {byte})"
+        return self._source.place_of(self._row(place))
 
     def fault(self, place: int) -> DataError:
         """What to raise where a device finds record ``place`` wrong: the host's own sentence on that row."""

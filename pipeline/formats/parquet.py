@@ -13,16 +13,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from dlrm.errors import DataError
-from pipeline.formats.block import Block, DenseKind, Schema, check_block, make_block, read_sidecar, write_sidecar
+from pipeline.formats.block import Block, DenseKind, Schema, check_block, read_sidecar, write_sidecar
 from pipeline.formats.file_list import looks_like_list, read_file_list, write_file_list
 from pipeline.formats.interchange import (
     Fit,
@@ -34,6 +33,7 @@ from pipeline.formats.interchange import (
     tables_of,
 )
 from pipeline.formats.names import split_folders
+from pipeline.formats.parquet_block import Columns, block_of
 
 METADATA, FILE_LIST = "_metadata.json", "_file_list.txt"
 _MARKS = (METADATA, FILE_LIST, "*.parquet")
@@ -41,33 +41,26 @@ _LABEL = "label"
 _ROWS_PER_FILE = 1 << 18
 
 
-@dataclass(frozen=True, slots=True)
-class _Columns:
-    """Names of the columns by what they are."""
-
-    label: str
-    dense: tuple[str, ...]
-    tables: tuple[str, ...]
-
-    @property
-    def all(self) -> list[str]:
-        return [self.label, *self.dense, *self.tables]
-
-
 class ParquetSource:
-    """Parquet files of each split, in order."""
+    """Parquet files of each split, in order.
+
+    Attributes:
+        files: of each split.
+        file_rows: rows of each file.
+        columns: names of the columns by what they are.
+    """
 
     def __init__(self, files: dict[str, list[Path]], folder: Path, options: ReadOptions) -> None:
         """Look into every file; without a file beside them that says more, scan the key columns."""
-        self._files = files
+        self.files = files
         self._allow = options.allow
         first = next((paths[0] for paths in files.values() if paths), None)
         if first is None:
             raise DataError(f"{folder}: no Parquet file in it; name a file, a file list or a folder")
-        self._columns = _columns(first)
-        self._rows = {path: self._open(path) for paths in files.values() for path in paths}
-        self.splits = {split: sum(self._rows[path] for path in paths) for split, paths in files.items()}
-        columns = self._columns
+        self.columns = _columns(first)
+        self.file_rows = {path: self._open(path) for paths in files.values() for path in paths}
+        self.splits = {split: sum(self.file_rows[path] for path in paths) for split, paths in files.items()}
+        columns = self.columns
         known = read_sidecar(folder, len(columns.dense), len(columns.tables), options.table_rows)
         self.schema = known or self._scanned(folder.resolve().name, first, options)
         names = (self.schema.dense_names, tuple(table.name for table in self.schema.tables))
@@ -77,11 +70,11 @@ class ParquetSource:
     def _open(self, path: Path) -> int:
         """Rows of a file, whose columns are those of the first one."""
         types, rows = _shape(path)
-        for name in self._columns.all:
+        for name in self.columns.all:
             if name not in types:
                 raise DataError(f"{path}: no column {name!r}, only {', '.join(types)}")
-            inner = getattr(types[name], "inner", None) if name in self._columns.tables else None
-            if not _is_number(inner or types[name], integer=name in self._columns.tables):
+            inner = getattr(types[name], "inner", None) if name in self.columns.tables else None
+            if not _is_number(inner or types[name], integer=name in self.columns.tables):
                 raise DataError(f"{path}: column {name!r} has type {types[name]}, which is no type of such a column")
         told = _metadata(path.parent).get("file_stats") or []
         for stats in told:
@@ -93,9 +86,9 @@ class ParquetSource:
         return rows
 
     def _scanned(self, name: str, first: Path, options: ReadOptions) -> Schema:
-        columns, types = self._columns, _shape(first)[0]
+        columns, types = self.columns, _shape(first)[0]
         hotness, largest = [1] * len(columns.tables), [-1] * len(columns.tables)
-        for path in self._rows:
+        for path in self.file_rows:
             asked = []
             for t, column in enumerate(columns.tables):
                 values, lists = pl.col(column), _is_list(types[column])
@@ -118,62 +111,17 @@ class ParquetSource:
     def blocks(self, split: str) -> Iterator[Block]:
         """The rows of a split in order, checked."""
         size = self.schema.block_rows()
-        for path in self._files[split]:
+        for path in self.files[split]:
             types = _shape(path)[0]
-            for start in range(0, self._rows[path], size):
-                frame = _collect(path, _scan(path, types).select(self._columns.all).slice(start, size))
+            for start in range(0, self.file_rows[path], size):
+                frame = _collect(path, _scan(path, types).select(self.columns.all).slice(start, size))
 
                 def where(row: int, kind: str, column: int, path: Path = path, first: int = start) -> str:
                     del kind, column  # the message names the column
                     return f"{path}: row {first + row}"
 
-                yield check_block(self._block(frame, path, start), self.schema, where)
-
-    def _block(self, frame: pl.DataFrame, path: Path, first: int) -> Block:
-        for name in frame.columns:
-            if frame[name].null_count():
-                row = first + int(frame[name].is_null().arg_max() or 0)
-                raise DataError(f"{path}: row {row}: column {name!r} is null; fill it, as no value may be missing")
-        labels = frame[self._columns.label].cast(pl.Float32).to_numpy()
-        labels = np.where((labels == 0) | (labels == 1), labels, -1).astype(np.int32)
-        dense = np.empty((frame.height, len(self._columns.dense)), np.float32)
-        for n, name in enumerate(self._columns.dense):
-            values = frame[name].to_numpy()
-            with np.errstate(over="ignore"):
-                dense[:, n] = values
-            changed = (dense[:, n] != values) & ~np.isnan(values)
-            if changed.any() and "fp32-dense" not in self._allow:
-                row = int(np.argmax(changed))
-                raise DataError(
-                    f"{path}: row {first + row}: dense column {name!r} is {values[row]!r}, which 32 bits do not hold; "
-                    "--allow fp32-dense rounds it"
-                )
-        return make_block(labels, dense, self._keys(frame, path, first))
-
-    def _keys(self, frame: pl.DataFrame, path: Path, first: int) -> NDArray[np.int64]:
-        columns = self.schema.columns
-        keys = np.full((frame.height, int(columns[-1])), -1, np.int64)
-        for t, name in enumerate(self._columns.tables):
-            series = frame[name]
-            if not isinstance(series.dtype, pl.List):
-                keys[:, columns[t]] = series.to_numpy()
-                continue
-            lengths = series.list.len().to_numpy().astype(np.int64)
-            hotness = int(columns[t + 1] - columns[t])
-            if (lengths > hotness).any():
-                row = int(np.argmax(lengths > hotness))
-                raise DataError(
-                    f"{path}: row {first + row}: {lengths[row]} keys in column {name!r}, but the file beside it says "
-                    f"at most {hotness}"
-                )
-            values = series.filter(series.list.len() > 0).explode()
-            if values.null_count():
-                row = np.repeat(np.arange(frame.height), lengths)[int(values.is_null().arg_max() or 0)]
-                raise DataError(f"{path}: row {first + row}: a key in a list of column {name!r} is null; fill it")
-            ends = np.cumsum(lengths)
-            place = np.arange(int(lengths.sum())) - np.repeat(ends - lengths, lengths)
-            keys[np.repeat(np.arange(frame.height), lengths), columns[t] + place] = values.to_numpy()
-        return keys
+                block = block_of(frame, self.columns, self.schema, path, start, rounds="fp32-dense" in self._allow)
+                yield check_block(block, self.schema, where)
 
 
 def _is_list(dtype: Any) -> bool:
@@ -228,20 +176,20 @@ def _metadata(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not a Parquet data set's metadata ({error})") from None
 
 
-def _columns(path: Path) -> _Columns:
+def _columns(path: Path) -> Columns:
     told = _metadata(path.parent)
     if told:
         named = {part: tuple(str(entry.get("col_name")) for entry in told.get(part, [])) for part in ("cats", "conts")}
         labels = [str(entry.get("col_name")) for entry in told.get("labels", [])]
         if len(labels) != 1:
             raise DataError(f"{path.parent / METADATA}: labels {labels}; Crosslane trains on one label")
-        return _Columns(labels[0], named["conts"], named["cats"])
+        return Columns(labels[0], named["conts"], named["cats"])
     types = _shape(path)[0]
     if _LABEL not in types:
         raise DataError(f"{path}: no column {_LABEL!r}, and no {METADATA} that names another; write that file")
     rest = {name: dtype for name, dtype in types.items() if name != _LABEL}
     dense = tuple(name for name, dtype in rest.items() if dtype.is_float())
-    return _Columns(_LABEL, dense, tuple(name for name in rest if name not in dense))
+    return Columns(_LABEL, dense, tuple(name for name in rest if name not in dense))
 
 
 class ParquetSink:
@@ -334,11 +282,7 @@ class Parquet:
 
     def read(self, path: Path, options: ReadOptions) -> ParquetSource:
         """Open a file or file list (``train``), or a folder: of files, or of a folder for each split."""
-        if path.is_file():
-            files = {"train": [path] if path.suffix == ".parquet" else read_file_list(path)}
-            return ParquetSource(files, path.parent, options)
-        folders = split_folders(path, _MARKS)
-        return ParquetSource({split: _files(folder) for split, folder in folders.items()}, path, options)
+        return ParquetSource(files_of(path), path.parent if path.is_file() else path, options)
 
     def fit(self, schema: Schema, options: WriteOptions) -> Fit:  # noqa: ARG002 - nothing that asks for another schema
         """Float dense columns, keys without weights."""
@@ -354,6 +298,13 @@ class Parquet:
     def write(self, directory: Path, schema: Schema, options: WriteOptions) -> ParquetSink:
         """Start writing."""
         return ParquetSink(directory, schema, options)
+
+
+def files_of(path: Path) -> dict[str, list[Path]]:
+    """The files of each split that a Parquet file, a file list or a folder stands for."""
+    if path.is_file():
+        return {"train": [path] if path.suffix == ".parquet" else read_file_list(path)}
+    return {split: _files(folder) for split, folder in split_folders(path, _MARKS).items()}
 
 
 def _lists_parquet(path: Path) -> bool:

@@ -103,8 +103,8 @@ class RecordSource(Protocol):
         """The same for rows [B] picked one by one."""
         ...
 
-    def locate(self, row: int) -> tuple[Path, int, int]:
-        """File, row of the file and byte of the file of a row of the split."""
+    def place_of(self, row: int) -> str:
+        """File, row and (where it has one) byte of a row of the split."""
         ...
 
     def close(self) -> None:
@@ -169,22 +169,11 @@ class RecordFiles:
 
     def read_rows(self, rows: Rows, buffer: Bytes) -> Records:
         """See ``RecordSource.read_rows``."""
-        records = self._records(buffer[: rows.size * self._row_bytes])
-        signed = records.view(np.int32)
-        for words, inside, places in self._mapped.pieces(rows):
-            first = int(places[0])
-            if int(places[-1]) - first == places.size - 1:  # places ascend: they are one piece
-                # Row numbers were checked where they were made; "clip" spares a second pass.
-                np.take(words, inside, axis=0, out=signed[first : first + places.size], mode="clip")
-            else:
-                signed[places] = words[inside]
-        return records
+        return gather_records(self._mapped, self.layout, rows, buffer)
 
-    def locate(self, row: int) -> tuple[Path, int, int]:
-        """See ``RecordSource.locate``."""
-        file = int(np.searchsorted(self._starts, row, side="right")) - 1
-        inside = row - int(self._starts[file])
-        return self._paths[file], inside, inside * self._row_bytes
+    def place_of(self, row: int) -> str:
+        """See ``RecordSource.place_of``."""
+        return self._mapped.place(row, "label")
 
     def close(self) -> None:
         """Close the files."""
@@ -261,6 +250,50 @@ class RecordFiles:
 
 class _NotDirectError(Exception):
     """The file system refused ``O_DIRECT``."""
+
+
+class DecodedRecords:
+    """Rows that become Raw rows in memory alone (Parquet) as a ``RecordSource``."""
+
+    def __init__(self, manifest: Manifest, files: RowFiles) -> None:
+        """Take over the split's rows."""
+        self.layout = RecordLayout.of(manifest)
+        self._files = files
+
+    def read_runs(self, runs: Sequence[tuple[int, int]], buffer: Bytes) -> Records:
+        """See ``RecordSource.read_runs``."""
+        return self.read_rows(rows_of_runs(runs), buffer)
+
+    def read_rows(self, rows: Rows, buffer: Bytes) -> Records:
+        """See ``RecordSource.read_rows``."""
+        return gather_records(self._files, self.layout, rows, buffer)
+
+    def place_of(self, row: int) -> str:
+        """See ``RecordSource.place_of``."""
+        return self._files.place(row, "label")
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def gather_records(files: RowFiles, layout: RecordLayout, rows: Rows, buffer: Bytes) -> Records:
+    """Copy rows [B] picked one by one to the start of a buffer; returns them [B, V]."""
+    records = buffer[: rows.size * layout.words * 4].view(np.uint32).reshape(-1, layout.words)
+    signed = records.view(np.int32)
+    for words, inside, places in files.pieces(rows):
+        first = int(places[0])
+        if int(places[-1]) - first == places.size - 1:  # places ascend: they are one piece
+            # Row numbers were checked where they were made; "clip" spares a second pass.
+            np.take(words, inside, axis=0, out=signed[first : first + places.size], mode="clip")
+        else:
+            signed[places] = words[inside]
+    return records
+
+
+def rows_of_runs(runs: Sequence[tuple[int, int]]) -> Rows:
+    """The rows [B] of contiguous runs (first row, rows), one behind the other."""
+    numbers = [np.arange(first, first + count, dtype=np.int64) for first, count in runs]
+    return np.concatenate([*numbers, np.empty(0, np.int64)])
 
 
 def page_aligned(raw: Any, size: int) -> Bytes:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dlrm.config import parse_run_config
+from pipeline.adopt_parquet import adopt_parquet
 from pipeline.checkpoint import open_checkpoint
 from pipeline.convert import convert
 from pipeline.dataset import load_dataset
@@ -91,6 +92,14 @@ def test_float_sets(source, trained, tmp_path, missing):
     formats = EVERYWHERE if missing else [*EVERYWHERE, ("torchrec-npy", None)]
     for place, (name, write) in enumerate(formats):
         assert_alike(wanted, trained(through(folder, tmp_path / f"f{place}", name, write), f"run-{place}"))
+
+
+def test_parquet_files_as_they_are(source, trained, tmp_path):
+    """One file, as the order of an epoch depends on where files end; its lists are read bag by bag."""
+    folder = source(MULTI_HOT, missing=True)
+    convert(folder, tmp_path / "files", to="parquet")
+    adopted = adopt_parquet({"train": [tmp_path / "files"]}, out=tmp_path / "adopted")
+    assert_alike(trained(folder, "source-run"), trained(adopted, "parquet-run"))
 
 
 def test_sets_of_counts(source, trained, tmp_path):
