@@ -279,12 +279,13 @@ def test_windows_that_memory_cannot_hold_are_refused(folder: Path, monkeypatch: 
         split.will_need(0, 40)
 
 
-def test_converted_to_raw_it_can_be_checked_whole(folder: Path, tmp_path: Path) -> None:
+def test_converted_to_raw_it_can_be_checked_whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     with pytest.raises(DataError, match="`crosslane convert` it to raw first"):
         check_dataset(folder)
-    convert(folder, tmp_path / "raw", to="raw")
+    raw = tmp_path_factory.mktemp("converted") / "raw"
+    convert(folder, raw, to="raw")
     every = np.arange(70)
-    one, other = (load_dataset(place).split("train").read(every) for place in (folder, tmp_path / "raw"))
+    one, other = (load_dataset(place).split("train").read(every) for place in (folder, raw))
     np.testing.assert_array_equal(one.labels, other.labels)
     np.testing.assert_array_equal(one.dense, other.dense)
     np.testing.assert_array_equal(one.keys.keys, other.keys.keys)
