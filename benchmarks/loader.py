@@ -2,7 +2,9 @@
 
     python benchmarks/loader.py [--gib 2] [--batch 65536] [--readers 2] [--repetitions 5] [--folder DIR] [--json FILE]
 
-Every line: best and median of the repetitions in GB/s and rows/s, and the CPU time it took as a share of one core.
+Cold: the files are dropped from the page cache before each run, outside the time. Parquet: the first 2^20 of the same
+rows, snappy, row groups of 2^18, opened anew for each run. Every line: best and median of the repetitions in GB/s of
+Raw rows and rows/s, and the CPU time it took as a share of one core.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,10 @@ from pipeline.threads import settle_threads  # noqa: E402
 settle_threads()
 
 import numpy as np  # noqa: E402
+import polars as pl  # noqa: E402
 
 from dlrm.device import HostDevice  # noqa: E402
+from pipeline.adopt_parquet import adopt_parquet  # noqa: E402
 from pipeline.dataset import Split, load_dataset  # noqa: E402
 from pipeline.formats.record_files import PAGE, page_aligned  # noqa: E402
 from pipeline.loader import Loader  # noqa: E402
@@ -64,6 +69,27 @@ def write_rows(folder: Path, rows: int) -> Split:
         ),
     )
     return load_dataset(folder).split("train")
+
+
+def write_parquet(split: Split, folder: Path, rows: int) -> Path:
+    """The first rows of a split as a Parquet file."""
+    folder.mkdir()
+    batch = split.read(slice(0, rows))
+    keys = batch.keys.keys.reshape(26, -1)
+    columns = {"label": batch.labels} | {f"I{n}": np.ascontiguousarray(batch.dense[:, n]) for n in range(13)}
+    columns |= {f"C{t}": keys[t].astype(np.int64) for t in range(26)}
+    pl.DataFrame(columns).write_parquet(folder / "0.parquet", compression="snappy", row_group_size=1 << 18)
+    return adopt_parquet({"train": [folder]}, out=folder, table_rows=[TABLE_ROWS] * 26)
+
+
+def drop(split: Split, folder: Path) -> None:
+    """Have the system forget the files' pages, which it does only where nobody has them mapped."""
+    split.release(0, split.rows)
+    for name in ("a.bin", "b.bin"):
+        descriptor = os.open(folder / name, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def in_threads(work: Callable[[int], None], threads: int) -> None:
@@ -117,7 +143,7 @@ def preading(folder: Path, batch: int, readers: int) -> Callable[[], int]:
     return run
 
 
-def loading(split: Split, batch: int, readers: int, *, records: bool, **options: Any) -> Callable[[], int]:
+def loading(source: Split | Path, batch: int, readers: int, *, records: bool, **options: Any) -> Callable[[], int]:
     """One epoch through a loader."""
     arguments: dict[str, Any] = {
         "batch_size": batch, "rank": 0, "ranks": 1, "seed": 1, "shuffle": False, "window": 1 << 22, "drop_last": False,
@@ -126,6 +152,7 @@ def loading(split: Split, batch: int, readers: int, *, records: bool, **options:
 
     def run() -> int:
         rows = 0
+        split = load_dataset(source).split("train") if isinstance(source, Path) else source
         made = RecordLoader(split, device=HostDevice(), **arguments) if records else Loader(split, **arguments)
         with made as loader:
             for loaded in loader:
@@ -136,12 +163,15 @@ def loading(split: Split, batch: int, readers: int, *, records: bool, **options:
     return run
 
 
-def measure(runs: dict[str, Callable[[], int]], repetitions: int) -> dict[str, dict[str, float]]:
+def measure(
+    runs: dict[str, Callable[[], int]], repetitions: int, before: dict[str, Callable[[], None]]
+) -> dict[str, dict[str, float]]:
     """Take turns, so that a busy minute of the machine meets all; the first round is thrown away."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     shares: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(repetitions + 1):
         for name, run in runs.items():
+            before.get(name, lambda: None)()
             cpu, start = time.process_time(), time.perf_counter()
             size = run()
             seconds = time.perf_counter() - start
@@ -172,19 +202,26 @@ def main() -> None:
         folder = Path(name)
         split = write_rows(folder, int(given.gib * 2**30) // (WORDS * 4))
         usual = (split, given.batch, given.readers)
+        of_parquet = (write_parquet(split, folder / "parquet", min(split.rows, 1 << 20)), *usual[1:])
+        made = load_dataset("synthetic:criteo-terabyte?rows=1100000").split("train")
         runs = {
             "copy, memory to memory": copying(*usual),
             "preadv alone": preading(folder, given.batch, given.readers),
             "records, file order": loading(*usual, records=True),
             "records, blocks of 1,024 shuffled": loading(*usual, records=True, shuffle=True, block=1024),
             "records, single rows shuffled": loading(*usual, records=True, shuffle=True),
-            "records, past the page cache": loading(*usual, records=True, direct=True),
+            "records, cold, page cache": loading(*usual, records=True, direct=False),
+            "records, cold, O_DIRECT": loading(*usual, records=True, direct=True),
             "decoded, file order": loading(*usual, records=False),
             "decoded, single rows shuffled": loading(*usual, records=False, shuffle=True),
+            "Parquet, decoded, file order": loading(*of_parquet, records=False),
+            "Parquet, decoded, shuffled": loading(*of_parquet, records=False, shuffle=True),
+            "synthetic records, made as read": loading(made, *usual[1:], records=True),
         }
         print(f"{split.rows:,} rows, {given.gib:g} GiB, batch {given.batch:,}, {given.readers} readers, "
               f"load {os.getloadavg()[0]:.2f}")  # fmt: skip
-        figures = measure(runs, given.repetitions)
+        cold = {name: partial(drop, split, folder) for name in runs if "cold" in name}
+        figures = measure(runs, given.repetitions, cold)
     print(f"{'':36}{'best GB/s':>10}{'median':>8}{'M rows/s':>10}{'CPU':>7}{'of copy':>9}")
     limit = figures["copy, memory to memory"]["median"]
     for name, figure in figures.items():

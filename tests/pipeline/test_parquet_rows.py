@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +26,9 @@ from pipeline.loader import Loader
 from pipeline.manifest import DenseInfo, FileInfo, Manifest, SplitInfo, TableInfo, write_manifest
 from pipeline.record_loader import RecordLoader
 
+pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: make install")
+pq = pytest.importorskip("pyarrow.parquet")
+
 TABLES = (TableInfo(name="a", rows=1000), TableInfo(name="b", rows=50, hotness=3), TableInfo(name="c", rows=9))
 NAMES = ("x", "y")
 
@@ -41,7 +42,7 @@ def random_rows(rng: np.random.Generator, rows: int) -> tuple[Any, Any, Any]:
     return rng.integers(0, 2, rows).astype(np.int32), rng.normal(size=(rows, 2)).astype(np.float32), keys
 
 
-def table_of(labels: Any, dense: Any, keys: Any) -> pa.Table:
+def table_of(labels: Any, dense: Any, keys: Any) -> Any:
     bags = [[key for key in bag if key >= 0] for bag in keys[:, 1:4].tolist()]
     return pa.table(
         {

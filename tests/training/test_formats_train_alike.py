@@ -96,6 +96,7 @@ def test_float_sets(source, trained, tmp_path, missing):
 
 def test_parquet_files_as_they_are(source, trained, tmp_path):
     """One file, as the order of an epoch depends on where files end; its lists are read bag by bag."""
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed: make install")
     folder = source(MULTI_HOT, missing=True)
     convert(folder, tmp_path / "files", to="parquet")
     adopted = adopt_parquet({"train": [tmp_path / "files"]}, out=tmp_path / "adopted")
