@@ -37,7 +37,8 @@ class CapturedUpdate:
 
     Attributes:
         atomic: whether gradients are added to the rows as they come: SGD over float32 rows with one key a bag, where
-            nobody asks for the same bits again. Bags name rows so often that sorting them first is faster.
+            nobody asks for the same bits again. Bags name rows so often that they are sorted first in any case
+            (``benchmarks/gpu_kernels.py`` times both).
         touched: [R] bool, rows that were updated since ``track_touched`` was called or it was cleared; ``None``: nobody
             asks.
     """

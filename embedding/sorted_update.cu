@@ -28,7 +28,8 @@ enum Info { COUNT = 0, SHORT_RUNS = 1, LONG_RUNS = 2 };
 constexpr int GROUP = DIM % 128 == 0 ? 32 : DIM % 64 == 0 ? 16 : DIM % 32 == 0 ? 8 : DIM % 16 == 0 ? 4 : DIM % 8 == 0 ? 2 : 1;
 constexpr int PARTS = DIM / (4 * GROUP);
 constexpr bool ROUNDED = sizeof(WEIGHT) == 2;
-// SGD needs nothing of the old row: an addition that happens once a row is as good as reading, and nobody waits for it.
+// SGD needs nothing of the old row: an addition that happens once a row is as good as reading, and nobody waits for it
+// (the instruction takes subnormal numbers for 0).
 constexpr bool ADDED = KIND == SGD && !ROUNDED && CROSSLANE_ARCH >= 90;
 constexpr bool HAS_FIRST = KIND == MOMENTUM || KIND == ADAGRAD || KIND == ADAM || KIND == FTRL;
 constexpr bool HAS_SECOND = KIND == ADAM || KIND == FTRL;
