@@ -43,6 +43,8 @@ class RowGroups:
         self._announced: list[range] = []
         self._next = range(0)
         self._turn = 0
+        self._waiting: list[int] = []
+        self._busy = False
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="row groups")
 
     @property
@@ -77,37 +79,63 @@ class RowGroups:
     def _one(self, group: int) -> Words:
         with self._lock:
             future = self._held.get(group)
+            # One that only waits for the thread is decoded here: several readers are faster than one thread.
+            mine = future is None
+            if future is None:
+                future = self._begin(group)
             self._used[group] = self._turn
-            # One that waits for the thread is decoded here: several readers are faster than one thread.
-            mine = future is None or future.cancel()
-            if mine:
-                future = self._held[group] = Future()
-                future.set_running_or_notify_cancel()
-        assert future is not None
+        if mine:
+            self._fill(group, future)
         try:
-            if mine:
-                future.set_result(self._decode(group))
             return future.result()
-        except BaseException as error:
-            if mine:
-                future.set_exception(error)
+        except BaseException:
             with self._lock:
                 if self._held.get(group) is future:
                     self._drop(group)
             raise
 
+    def _begin(self, group: int) -> Future[Words]:
+        future = self._held[group] = Future()
+        self._used[group] = self._turn
+        return future
+
+    def _fill(self, group: int, future: Future[Words]) -> None:
+        try:
+            words = self._decode(group)
+        except BaseException as error:  # noqa: BLE001  whoever asked for the group gets it
+            future.set_exception(error)
+        else:
+            future.set_result(words)
+
     def _decode_ahead(self, groups: range) -> None:
-        for group in groups:
-            if group not in self._held:
-                self._held[group] = self._ahead.submit(self._decode, group)
-                self._used[group] = self._turn
+        self._waiting += [group for group in groups if group not in self._waiting]
+        self._feed()
+
+    def _feed(self) -> None:
+        """Give the thread the next group; it never has more than one, so that the process can end at any time."""
+        while self._waiting and not self._busy:
+            group = self._waiting.pop(0)
+            if group in self._held:
+                continue
+            future = self._begin(group)
+            try:
+                self._ahead.submit(self._work, group, future)
+                self._busy = True
+            except RuntimeError:  # the interpreter is ending
+                self._drop(group)
+
+    def _work(self, group: int, future: Future[Words]) -> None:
+        self._fill(group, future)
+        with self._lock:
+            self._busy = False
+            self._feed()
 
     def _let_go(self) -> None:
         kept: list[Any] = [*self._announced, self._next]
+        self._waiting = [group for group in self._waiting if any(group in wanted for wanted in kept)]
         for group in list(self._held):
-            if self._turn - self._used[group] > _PATIENCE and not any(group in held for held in kept):
+            if self._turn - self._used[group] > _PATIENCE and not any(group in wanted for wanted in kept):
                 self._drop(group)
 
     def _drop(self, group: int) -> None:
-        self._held.pop(group).cancel()
-        del self._used[group]
+        del self._held[group], self._used[group]
