@@ -159,6 +159,9 @@ def _check_arguments(
         raise DataError(f"adopt: {num_dense} dense columns; needs at least 0")
     if len(hotness) != len(rows_per_table):
         raise DataError(f"adopt: {len(hotness)} values of hotness for {len(rows_per_table)} tables; give one each")
+    for table, rows in enumerate(rows_per_table):
+        if rows < 0:
+            raise DataError(f"adopt: {rows} rows of table {table + 1}; needs at least 1")
     if any(count < 1 for count in hotness):
         raise DataError(f"adopt: hotness {list(hotness)}; every table has at least one key column")
     if layout == "dlrm-bin" and (dtypes != {"int32"} or set(hotness) - {1}):

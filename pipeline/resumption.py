@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dlrm.config import RunConfig, to_values
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from dlrm.config import DataConfig, RunConfig, to_values
 from dlrm.errors import CheckpointError
 from pipeline.checkpoint import Checkpoint
 
@@ -14,6 +18,8 @@ _ORDER = (
     ("data", "shuffle_block"),
     ("data", "drop_last"),
 )
+_DEFAULTS = {field.name: field.default for field in fields(DataConfig)}
+"""What a checkpoint means that was written before ``data`` had a field: it was trained as the default still does."""
 
 
 def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
@@ -26,7 +32,7 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
     if before is None:  # weights alone, which the engine refuses
         return
     for section, name in _ORDER:
-        old, new = (values[section][name] if section else values[name] for values in (before, now))
+        old, new = (_value(values, section, name) for values in (before, now))
         if old != new:
             path = f"{section}.{name}" if section else name
             raise CheckpointError(
@@ -38,6 +44,11 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
             f"run.init: {config.run.init}, but the run in {config.run.directory} started from "
             f"{before['run']['init'] or 'its seed'} and would go on from there; choose another run.directory"
         )
+
+
+def _value(values: Mapping[str, Any], section: str, name: str) -> Any:
+    """Of one of ``_ORDER``, in a config's plain values."""
+    return values[section].get(name, _DEFAULTS[name]) if section else values[name]
 
 
 def rule_changed(checkpoint: Checkpoint, config: RunConfig, rule: str, field: str | None = None) -> bool:

@@ -207,7 +207,8 @@ def _identity(rows: Rows, spec: TableColumns, values: pl.Series, offsets: Any, w
     if wrong.any():
         place = int(np.argmax(wrong))
         row = place if offsets is None else int(np.searchsorted(offsets, place, side="right")) - 1
-        rows.refuse(spec.column, row, values[place], f"a key from 0 to {table_rows - 1}, or -1 for none")
+        wanted = "a key from 0" if spec.rows is None else f"a key from 0 to {spec.rows - 1}"
+        rows.refuse(spec.column, row, values[place], f"{wanted}, or -1 for none")
     if offsets is not None and (keys < 0).any():
         keys, offsets, weights = _kept(keys >= 0, keys, offsets, weights)
     return Feature(str(spec.name), keys, offsets, weights, table_rows, False, f"table {spec.name}: keys as they are")

@@ -185,8 +185,10 @@ def _read_npz(path: Path) -> pl.DataFrame:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"{path}: not a readable npz file of plain arrays ({error})") from None
+    except (ValueError, zipfile.BadZipFile, EOFError):  # NumPy's own words advise to unpickle what it cannot read
+        raise DataError(
+            f"{path}: not a readable npz file of plain arrays; write it with numpy.savez, without Python objects"
+        ) from None
     columns: dict[str, pl.Series] = {}
     for name, array in arrays.items():
         if name.endswith(".offsets"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from dlrm.errors import DataError
 
 _LONGEST = 1 << 24
+_LONGEST_ECHO = 40
 
 
 def looks_like_list(path: Path) -> bool:
@@ -33,9 +34,9 @@ def read_file_list(path: Path) -> list[Path]:
         raise DataError(f"{path}: no readable file list ({error})") from None
     names = [line.strip() for line in lines[1:] if line.strip()]
     if not lines or not lines[0].strip().isdigit():
-        raise DataError(
-            f"{path}: line 1: {lines[0] if lines else ''!r}, but a file list starts with the number of files"
-        )
+        found = lines[0] if lines else ""
+        shown = f"{found!r}" if len(found) <= _LONGEST_ECHO else f"{found[:_LONGEST_ECHO]!r} and more"
+        raise DataError(f"{path}: line 1: {shown}, but a file list starts with the number of files")
     if int(lines[0]) != len(names):
         raise DataError(f"{path}: line 1 says {lines[0].strip()} files, but {len(names)} follow; correct the list")
     return [_found(path.parent, name) for name in names]

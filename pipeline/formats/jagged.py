@@ -31,6 +31,11 @@ class _TableFiles:
         self.bounds_path = files["offsets"].path
         self._files = files
         self.bounds: Rows = files["offsets"].view(np.int64)
+        if self.bounds[0] != 0:
+            raise DataError(
+                f"{self.bounds_path}: the first offset is {int(self.bounds[0])}, but bags start at key 0; prepare the "
+                "data set again"
+            )
         itemsize = np.dtype(manifest.key_dtype).itemsize
         if files["keys"].data.size != int(self.bounds[-1]) * itemsize:
             raise DataError(

@@ -148,6 +148,7 @@ def test_relative_paths_move_with_the_manifest(tmp_path: Path, rng: np.random.Ge
         ({"hotness": [1, 1]}, "2 values of hotness for 3 tables"),
         ({"rows_per_table": [1000, 20, 1]}, r"key \d of table 'C3' lies outside its rows 0 \.\. 0"),
         ({"rows_per_table": [1000, 20, 0]}, "'C3': 0 rows"),
+        ({"rows_per_table": [1000, -2, 3]}, "-2 rows of table 2; needs at least 1"),
         ({"files": {"train": []}}, "no files"),
         ({"num_dense": -2}, "-2 dense columns; needs at least 0"),
         ({"layout": "hugectr-raw", "dense_dtype": "float32"}, "look like int32, so ask for dense type int32"),

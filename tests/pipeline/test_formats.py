@@ -294,6 +294,10 @@ def test_damaged_jagged_files_are_named(tmp_path: Path) -> None:
     poke(offsets, 3, 0, 4, 2)
     with pytest.raises(DataError, match=r"12 bytes, but the last offset .* asks for 4 keys of 4 bytes"):
         load_dataset(tmp_path).split("train")
+    poke(offsets, 3, 0, 3, 2)
+    poke(offsets, 0, 0, 1, 2)
+    with pytest.raises(DataError, match=r"000\.offsets\.bin: the first offset is 1, but bags start at key 0"):
+        load_dataset(tmp_path).split("train")
 
 
 def test_bag_longer_than_the_columns_is_refused(tmp_path: Path) -> None:

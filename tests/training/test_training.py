@@ -14,6 +14,7 @@ import pytest
 from dlrm.config import parse_run_config
 from dlrm.errors import CheckpointError, ConfigError, CrosslaneError
 from pipeline.checkpoint import open_checkpoint
+from pipeline.resumption import check_resumable
 from pipeline.train import train
 
 
@@ -40,6 +41,16 @@ def test_repeated_runs_are_equal_to_the_bit(tiny_dataset, run_values, kind):
         run(run_values(data, directory, optimizer={"kind": kind}))
     root = Path(run_values(data)["run"]["directory"]).parent
     assert_bit_equal(tensors_of(root / "one"), tensors_of(root / "two"))
+
+
+def test_a_checkpoint_from_before_a_field_of_data_goes_on_under_its_default(tiny_dataset, run_values):
+    values = run_values(tiny_dataset(), train={"epochs": 2, "max_steps": 8})
+    checkpoint = open_checkpoint(run(values).checkpoint)
+    del checkpoint.meta["config"]["data"]["shuffle_block"]
+    check_resumable(checkpoint, parse_run_config(values))
+    other = parse_run_config({**values, "data": {**values["data"], "shuffle_block": 4}})
+    with pytest.raises(CheckpointError, match=r"was trained with data\.shuffle_block = 1, not 4"):
+        check_resumable(checkpoint, other)
 
 
 def test_training_learns_and_writes_what_it_promises(tiny_dataset, run_values, records):

@@ -186,6 +186,7 @@ def test_norm_without_what_lies_beside_it(converted: Any) -> None:
         ("2\n0.data\n", r"file_list\.txt: line 1 says 2 files, but 1 follow"),
         ("x\n0.data\n", r"file_list\.txt: line 1: 'x', but a file list starts with the number of files"),
         ("", r"file_list\.txt: line 1: ''"),
+        ("\0" * 1600, r"line 1: '(\\x00){40}' and more, but a file list starts with the number of files$"),
         ("0\n", "name no file"),
     ],
 )
