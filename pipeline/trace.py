@@ -1,6 +1,6 @@
 """When the stages of a run ran: means for progress records, and a timeline of chosen batches.
 
-A timeline becomes Chrome's trace format, which https://ui.perfetto.dev opens, and a picture (``lanes_chart.py``).
+A timeline becomes Chrome's trace format, which https://ui.perfetto.dev opens.
 Times of ranks count from a barrier that all of them have left.
 """
 
