@@ -38,11 +38,13 @@ def main(
 
     def work(process: Process) -> int:
         from pipeline.checkpoint import open_checkpoint
+        from pipeline.config_agreement import agree_config
         from pipeline.engine import build_engine
         from pipeline.evaluator import evaluate
         from pipeline.summary import report_of, write_report
 
         run = load_run_config(config, overrides)
+        agree_config(run, process.comm)
         opened = open_checkpoint(Path(checkpoint), comm=process.comm)
         # On as many ranks as trained it, nothing has to be counted and measured again.
         engine = build_engine(run, comm=process.comm, threads=process.threads, saved=opened)

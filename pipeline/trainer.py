@@ -19,6 +19,7 @@ from embedding.heartbeat import Heartbeat
 from pipeline import stop
 from pipeline.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
 from pipeline.checkpoint_async import Saved
+from pipeline.config_agreement import agree_config
 from pipeline.engine import Engine, build_engine
 from pipeline.evaluator import BackgroundEvaluations, Evaluation, final_split
 from pipeline.flight import Flight
@@ -79,6 +80,7 @@ class Trainer:
         Raises:
             CrosslaneError: the config, the data or the weights to start from are wrong.
         """
+        agree_config(config, comm)
         self.config = config
         self.comm = comm
         self.directory = Path(config.run.directory)
