@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,7 +19,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from dlrm.device import Array, Event, Kernel
+from dlrm.device import Array, Event, HostDevice, Kernel, Recording
 from dlrm.errors import DeviceError
 
 _COMPUTE_FIRST = (8, 0)
@@ -31,6 +31,8 @@ class CudaEvent:
     """An event of a CUDA stream."""
 
     handle: Any
+    captured: bool = False
+    """Whether it exists inside a capture alone."""
 
     def done(self) -> bool:
         """Whether everything issued before it has ended."""
@@ -52,23 +54,37 @@ class CudaGraph:
         self.handle.launch(cupy.cuda.get_current_stream())
 
 
+@dataclass(frozen=True, slots=True)
+class CudaReading:
+    """Numbers on their way to the host."""
+
+    host: Array
+    event: Any
+
+    def values(self) -> Array:
+        """The host's copy; waits until it is there."""
+        self.event.synchronize()
+        return self.host
+
+
 class CudaDevice:
     """One GPU of this process.
 
     Args:
         index: which of the visible GPUs.
+        threads: of the host, for what is done there.
+        graphs: capture what is issued again and again into CUDA graphs.
 
     Raises:
         DeviceError: there is no such GPU, or it is too old.
     """
 
     xp: ModuleType = cupy
-    threads = 1
-    captures = True
     column_multiple = 8
     """Columns of matrices are padded to a multiple of this, so that every row starts at 16 bytes in half precision."""
+    steps_behind = 2
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, index: int = 0, *, threads: int = 1, graphs: bool = True) -> None:
         available = count_gpus()
         if index >= available:
             raise DeviceError(
@@ -84,9 +100,16 @@ class CudaDevice:
                 f"device: GPU {index} has compute capability {major}.{minor}, but the kernels need "
                 f"{_COMPUTE_FIRST[0]}.{_COMPUTE_FIRST[1]}; set device: cpu"
             )
+        self.threads, self.graphs = threads, graphs
+        self._host = HostDevice(threads)
         self._streams: dict[str, Any] = {}
         self._kernels: dict[tuple[str, str], Kernel | None] = {}
         self.stream("main").use()
+
+    @property
+    def host(self) -> HostDevice:
+        """The CPU beside it."""
+        return self._host
 
     @property
     def name(self) -> str:
@@ -167,31 +190,40 @@ class CudaDevice:
             cupy.cuda.get_current_stream().synchronize()
         return out
 
-    @contextmanager
-    def on(self, stream: str) -> Iterator[None]:
-        """Issue what is called inside the ``with`` block on ``stream``."""
-        with self.stream(stream):
-            yield
+    def assign(self, host: Array, target: Array) -> None:
+        """Write a host array into a device array of the same shape and any strides; waits for it."""
+        values = cupy.asarray(host)
+        if values.dtype != target.dtype:
+            convert(values, target)
+        else:
+            target[...] = values
+        cupy.cuda.get_current_stream().synchronize()
 
-    def record(self, stream: str) -> Event:
-        """An event after everything that has been issued on ``stream``."""
+    def to_host(self, array: Array) -> Array:
+        """A copy in host memory."""
+        if isinstance(array, np.ndarray):
+            return array
+        return self.download(array, np.empty(array.shape, array.dtype))
+
+    def read_later(self, array: Array) -> CudaReading:
+        """Start to copy a small array to page-locked memory, behind what was issued on the current stream."""
+        host = self.pinned_empty(array.shape, array.dtype)
+        stream = cupy.cuda.get_current_stream()
+        array.get(out=host, stream=stream, blocking=False)
         event = cupy.cuda.Event(disable_timing=True)
-        event.record(self.stream(stream))
-        return CudaEvent(event)
+        event.record(stream)
+        return CudaReading(host, event)
 
-    def wait(self, event: Event) -> None:
-        """Let the current stream go on only after ``event``."""
-        assert isinstance(event, CudaEvent)
-        cupy.cuda.get_current_stream().wait_event(event.handle)
-
-    def synchronize(self) -> None:
-        """Wait for everything that has been issued on any stream."""
-        cupy.cuda.Device(self.index).synchronize()
+    @contextmanager
+    def streams(self, names: Sequence[str]) -> Iterator[CudaStreams]:
+        """CUDA streams of these names."""
+        yield CudaStreams(self, names)
+        self.synchronize()
 
     def capture(self, stream: str, issue: Callable[[], None]) -> CudaGraph:
-        """Record what ``issue`` puts on ``stream``, and on streams that wait for it and are waited for, as a graph.
+        """Record what ``issue`` puts on ``stream`` as a graph; nothing runs.
 
-        Nothing runs. ``issue`` must not allocate, synchronise, or read results on the host.
+        ``issue`` must not allocate, synchronise, or read results on the host.
         """
         origin = self.stream(stream)
         with origin:
@@ -205,6 +237,106 @@ class CudaDevice:
                 raise
             graph = origin.end_capture()
         return CudaGraph(graph)
+
+    def synchronize(self) -> None:
+        """Wait for everything that has been issued on any stream."""
+        cupy.cuda.Device(self.index).synchronize()
+
+
+class CudaStreams:
+    """The streams of a schedule, and work on them as CUDA graphs."""
+
+    def __init__(self, device: CudaDevice, names: Sequence[str]) -> None:
+        """Order all of them behind what was issued on the main stream."""
+        self._device = device
+        self._main = device.stream("main")
+        self._streams = {name: device.stream(name) for name in names}
+        self._capturing = False
+        start = self._record(self._main)
+        for stream in self._streams.values():
+            stream.wait_event(start.handle)
+
+    def issue(self, stream: str, work: Callable[[], None], after: Sequence[Event] = ()) -> CudaEvent:
+        """See ``dlrm.device.Streams.issue``."""
+        target = self._streams[stream]
+        for event in after:
+            assert isinstance(event, CudaEvent)
+            if event.captured == self._capturing:  # ``repeat`` has waited for the others
+                target.wait_event(event.handle)
+        with target:
+            work()
+        return self._record(target)
+
+    def repeat(self, issue: Callable[[], Sequence[Event]], after: Sequence[Event], recording: Recording | None) -> None:
+        """See ``dlrm.device.Streams.repeat``: the first time as it is, the second time into a graph."""
+        if recording is None or not self._device.graphs:
+            self.join(issue())
+            return
+        recording.runs += 1
+        if recording.runs == 1:  # algorithms are chosen and kernels compiled, which no capture allows
+            self.join(issue())
+            return
+        if recording.graph is None:
+            recording.graph = self._capture(issue)
+        for event in after:
+            assert isinstance(event, CudaEvent)
+            self._main.wait_event(event.handle)
+        recording.graph.launch(self._main)
+        self.join([self._record(self._main)])
+
+    def join(self, events: Sequence[Event]) -> None:
+        """See ``dlrm.device.Streams.join``; the host waits for nothing."""
+        for stream in (self._main, *self._streams.values()):
+            for event in events:
+                assert isinstance(event, CudaEvent)
+                stream.wait_event(event.handle)
+
+    def _capture(self, issue: Callable[[], Sequence[Event]]) -> Any:
+        self._main.begin_capture()
+        self._capturing = True
+        try:
+            fork = self._record(self._main)
+            for stream in self._streams.values():
+                if stream is not self._main:
+                    stream.wait_event(fork.handle)
+            issue()
+            for stream in self._streams.values():
+                if stream is not self._main:
+                    self._main.wait_event(self._record(stream).handle)
+        except BaseException:
+            # A broken capture has to be ended before the stream can be used again.
+            with suppress(cupy.cuda.runtime.CUDARuntimeError):
+                self._main.end_capture()
+            raise
+        finally:
+            self._capturing = False
+        return self._main.end_capture()
+
+    def _record(self, stream: Any) -> CudaEvent:
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record(stream)
+        return CudaEvent(event, self._capturing)
+
+
+def convert(source: Array, target: Array) -> None:
+    """``target = source`` between float types; bfloat16 is an array of its bits, uint16."""
+    narrow = {array.dtype.name for array in (source, target)} & {"uint16"}
+    if not narrow:
+        target[...] = source
+    elif target.dtype == np.uint16:
+        _TO_BFLOAT16(source.astype(np.float32, copy=False), target)
+    else:
+        target[...] = (source.astype(np.uint32) << 16).view(np.float32)
+
+
+_TO_BFLOAT16 = cupy.ElementwiseKernel(
+    "float32 x", "uint16 y",
+    """
+    unsigned int bits = __float_as_uint(x);
+    y = x != x ? 0x7fffu : (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    """,
+    "to_bfloat16",
+)  # fmt: skip
 
 
 def count_gpus() -> int:

@@ -11,6 +11,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol, TypeAlias
 
@@ -39,6 +40,14 @@ class Event(Protocol):
         ...
 
 
+class Reading(Protocol):
+    """Numbers on their way to the host."""
+
+    def values(self) -> Array:
+        """The host's copy; waits until it is there."""
+        ...
+
+
 class Device(Protocol):
     """One machine part that computes: its arrays, its streams and its kernels."""
 
@@ -46,6 +55,13 @@ class Device(Protocol):
     threads: int
     column_multiple: int
     """Matrices' columns are rounded up to a multiple of this."""
+    steps_behind: int
+    """How many steps the host may issue before it has to see a result; 0: results are there when a call returns."""
+
+    @property
+    def host(self) -> HostDevice:
+        """Runs what is done once and in host memory, such as drawing initial weights."""
+        ...
 
     def kernel(self, module: str, name: str) -> Kernel | None:
         """The fused form of operation ``name`` of ``module``, or ``None``: run the reference."""
@@ -75,9 +91,29 @@ class Device(Protocol):
         """Copy a device array into the host array ``out``, in the order of the current stream; returns it."""
         ...
 
+    def assign(self, host: Array, target: Array) -> None:
+        """Write a host array into a device array of the same shape and any strides, converting; waits for it."""
+        ...
+
+    def to_host(self, array: Array) -> Array:
+        """The array itself where the host can read it, else a copy in host memory."""
+        ...
+
+    def read_later(self, array: Array) -> Reading:
+        """Start to copy a small array to the host, in the order of what was issued."""
+        ...
+
     def streams(self, names: Sequence[str]) -> AbstractContextManager[Streams]:
         """In-order queues of these names, for as long as the ``with`` block lasts."""
         ...
+
+
+@dataclass(slots=True)
+class Recording:
+    """What ``Streams.repeat`` remembers of work that is issued again and again over the same arrays."""
+
+    runs: int = 0
+    graph: Any = None
 
 
 class Streams(Protocol):
@@ -90,6 +126,17 @@ class Streams(Protocol):
         """
         ...
 
+    def repeat(self, issue: Callable[[], Sequence[Event]], after: Sequence[Event], recording: Recording | None) -> None:
+        """Call ``issue`` and join what it returns, or replay what it issued the last time.
+
+        Args:
+            issue: issues work on these streams and returns the events of all of it; what it starts reads all that
+                changes from call to call out of arrays.
+            after: events of work issued before, for which it waits.
+            recording: of this work; ``None``: something is different this time.
+        """
+        ...
+
     def join(self, events: Sequence[Event]) -> None:
         """Order what is issued from now on, on whatever stream, behind ``events``; the host reads results behind it.
 
@@ -97,6 +144,14 @@ class Streams(Protocol):
             Exception: what failed on any stream.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Copied:
+    array: Array
+
+    def values(self) -> Array:
+        return self.array
 
 
 class HostDevice:
@@ -109,6 +164,7 @@ class HostDevice:
 
     xp: ModuleType = np
     column_multiple = 1
+    steps_behind = 0
 
     def __init__(self, threads: int | None = None, *, compiled: bool = True) -> None:
         self.compiled = compiled
@@ -121,6 +177,11 @@ class HostDevice:
             # numba refuses more threads than it was started with.
             started: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
             numba.set_num_threads(max(1, min(threads, started)))
+
+    @property
+    def host(self) -> HostDevice:
+        """This one."""
+        return self
 
     def kernel(self, module: str, name: str) -> Kernel | None:
         """The compiled function ``name`` of ``<module>_numba``, or ``None`` where there is none."""
@@ -161,6 +222,18 @@ class HostDevice:
         """Copy ``array`` into ``out`` of the same shape, widening where ``out`` is wider; returns ``out``."""
         np.copyto(out, array, casting="safe")
         return out
+
+    def assign(self, host: Array, target: Array) -> None:
+        """Write ``host`` into ``target``, converting."""
+        target[...] = host
+
+    def to_host(self, array: Array) -> Array:
+        """The array itself."""
+        return array
+
+    def read_later(self, array: Array) -> Reading:
+        """A copy of what the array holds now."""
+        return _Copied(array.copy())
 
     def streams(self, names: Sequence[str]) -> AbstractContextManager[Streams]:
         """One name: a queue that runs inline. Several: a worker thread each (see ``host_streams.lane_threads``)."""

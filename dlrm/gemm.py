@@ -71,7 +71,7 @@ def linear_data_backward(
         device: runs it.
     """
     if kernel := device.kernel(__name__, "linear_data_backward"):
-        kernel(grad, weight, below, mask, grad_below)
+        kernel(grad, weight, below, mask, grad_below, grad_bias, partials)
         return
     device.xp.matmul(grad[:, : len(weight)], weight, out=grad_below)
     relu_backward(grad_below, below, grad_bias, partials, device)

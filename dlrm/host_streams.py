@@ -94,6 +94,10 @@ class InlineStream:
         work()
         return _DONE
 
+    def repeat(self, issue: Callable[[], Sequence[Any]], after: Sequence[Any], recording: Any) -> None:  # noqa: ARG002
+        """See ``dlrm.device.Streams.repeat``."""
+        issue()
+
     def join(self, events: Sequence[Any]) -> None:
         """See ``dlrm.device.Streams.join``."""
 
@@ -124,6 +128,10 @@ class WorkerStreams:
                 event.set()
         self._queues[stream].put(_Work(work, after, event))
         return event
+
+    def repeat(self, issue: Callable[[], Sequence[Any]], after: Sequence[Any], recording: Any) -> None:  # noqa: ARG002
+        """See ``dlrm.device.Streams.repeat``; each piece of work waits for what it names itself."""
+        self.join(issue())
 
     def join(self, events: Sequence[Any]) -> None:
         """See ``dlrm.device.Streams.join``."""

@@ -5,10 +5,10 @@ Shapes: B rows of this rank's share (at most the capacity), N dense columns, T t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from dlrm.device import Device
+from dlrm.device import Device, Recording
 from dlrm.model import DenseModel, DenseWorkspace
 from embedding.hybrid import HybridBuffers, HybridEmbedding
 from embedding.jagged import Jagged
@@ -31,6 +31,7 @@ class Flight:
         workspace: activations of the dense part; ``workspace.vectors`` [capacity, 1 + T, D] is where the lanes meet.
         embedding: keys, vectors and gradients on their way between ranks.
         loss: this rank's part of the mean loss over the global batch.
+        recording: of the work that is issued for every whole batch of this place of the ring.
     """
 
     batch: LoadedBatch | None = None
@@ -44,6 +45,12 @@ class Flight:
     workspace: DenseWorkspace
     embedding: HybridBuffers
     loss: float = 0.0
+    recording: Recording = field(default_factory=Recording)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the batch fills it."""
+        return self.rows == len(self.labels)
 
     @classmethod
     def allocate(

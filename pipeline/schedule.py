@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
-from dlrm.device import Device, Event
+from dlrm.device import Device, Event, Recording, Streams
 from pipeline.flight import Flight
 from pipeline.loader import LoadedBatch
 from pipeline.stages import S, Stages
@@ -61,6 +62,10 @@ EVAL_OVERLAPPED = (
 )
 
 
+_CHANGING = (S.upload,)
+"""Stages whose arguments change from batch to batch; all others find what changes in arrays of their Flight."""
+
+
 def at_depth(rows: Sequence[Row], depth: int) -> tuple[Row, ...]:
     """A schedule with at most ``depth`` batches in flight.
 
@@ -102,7 +107,6 @@ def execute(
     The caller may read the Flight, evaluate or save until it asks for the next one: nothing is under way meanwhile.
     """
     most_ahead = ring_size(rows) - 1
-    ahead = {row.stage: row.ahead for row in rows}
     issued, exhausted = 0, False
     tick = -most_ahead
     with device.streams(stream_names(rows)) as streams:
@@ -113,25 +117,64 @@ def execute(
             else:
                 ring[issued % len(ring)].accept(batch)
                 issued += 1
-            events: dict[S, Event] = {}
-            for row in rows:
-                number = tick + row.ahead
-                if 0 <= number < issued:
-                    # A stage that is further ahead has run in an earlier tick.
-                    after = [events[stage] for stage in row.after if ahead[stage] == row.ahead]
-                    work = _work(stages, row, number, ring[number % len(ring)], clock)
-                    events[row.stage] = streams.issue(row.stream, work, after)
-            streams.join(list(events.values()))
+            now = _Tick(tick, issued, ring, stages, streams, clock)
+            uploads = now.issue([row for row in rows if row.stage in _CHANGING])
+            others = [row for row in rows if row.stage not in _CHANGING]
+            streams.repeat(partial(now.issue, others), now.awaited(others), now.recording(others))
+            streams.join(uploads)
             if 0 <= tick < issued:
                 yield ring[tick % len(ring)]
             tick += 1
 
 
-def _work(stages: Stages, row: Row, number: int, flight: Flight, clock: Clock | None) -> Callable[[], None]:
-    def run() -> None:
-        start = time.perf_counter()
-        stages.run(row.stage, flight)
-        if clock is not None:
-            clock.add(row, number, start, time.perf_counter())
+@dataclass(slots=True)
+class _Tick:
+    """Issues the rows of one tick."""
 
-    return run
+    number: int
+    issued: int
+    ring: Sequence[Flight]
+    stages: Stages
+    streams: Streams
+    clock: Clock | None
+    events: dict[tuple[S, int], Event] = field(default_factory=dict)
+
+    def issue(self, rows: Sequence[Row]) -> list[Event]:
+        """Issue those that have a batch; their events."""
+        events = []
+        for row in self._with_batch(rows):
+            # A stage that is further ahead has run in an earlier tick.
+            after = [self.events[stage, row.ahead] for stage in row.after if (stage, row.ahead) in self.events]
+            event = self.streams.issue(row.stream, self._work(row), after)
+            self.events[row.stage, row.ahead] = event
+            events.append(event)
+        return events
+
+    def awaited(self, rows: Sequence[Row]) -> list[Event]:
+        """Events of this tick that these rows wait for."""
+        pairs = {(stage, row.ahead) for row in self._with_batch(rows) for stage in row.after}
+        return [event for pair, event in self.events.items() if pair in pairs]
+
+    def recording(self, rows: Sequence[Row]) -> Recording | None:
+        """That of the ring's position, if every batch is there and whole, so that its shapes never change."""
+        chosen = self._with_batch(rows)
+        if len(chosen) < len(rows) or not all(self._flight(row).whole for row in chosen):
+            return None
+        return self.ring[self.number % len(self.ring)].recording
+
+    def _with_batch(self, rows: Sequence[Row]) -> list[Row]:
+        return [row for row in rows if 0 <= self.number + row.ahead < self.issued]
+
+    def _flight(self, row: Row) -> Flight:
+        return self.ring[(self.number + row.ahead) % len(self.ring)]
+
+    def _work(self, row: Row) -> Callable[[], None]:
+        number, flight = self.number + row.ahead, self._flight(row)
+
+        def run() -> None:
+            start = time.perf_counter()
+            self.stages.run(row.stage, flight)
+            if self.clock is not None:
+                self.clock.add(row, number, start, time.perf_counter())
+
+        return run

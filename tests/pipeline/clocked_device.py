@@ -45,6 +45,9 @@ class ClockedStreams:
         self.now = self.host
         return clock
 
+    def repeat(self, issue: Callable[[], Sequence[Clock]], after: Sequence[Clock], recording: object) -> None:
+        self.join(issue())
+
     def join(self, events: Sequence[Clock]) -> None:
         self.host = self.now = merge(self.host, *events)
 
@@ -74,6 +77,8 @@ class ClockedFlight:
 
     def __init__(self, position: int, memory: Memory) -> None:
         self.position, self.memory, self.number = position, memory, -1
+        self.whole = True
+        self.recording = None
 
     def accept(self, number: int) -> None:
         self.number = number

@@ -48,6 +48,8 @@ class RecordingStages:
 
 class FakeFlight:
     number = None
+    whole = False
+    recording = None
 
     def accept(self, number):
         self.number = number
@@ -82,6 +84,46 @@ def test_batches_ahead_are_issued_ahead():
     runs, _ = run_schedule(AHEAD, 4)
     assert runs.index((S.upload, 2)) < runs.index((S.top_forward, 0))
     assert runs.index((S.upload, 3)) > runs.index((S.top_forward, 0))
+
+
+class NotingStreams(InlineStream):
+    def __init__(self):
+        self.recordings = []
+
+    def repeat(self, issue, after, recording):
+        self.recordings.append(recording)
+        super().repeat(issue, after, recording)
+
+
+class NotingDevice:
+    def __init__(self):
+        self.noted = NotingStreams()
+
+    @contextmanager
+    def streams(self, names):
+        yield self.noted
+
+
+@pytest.mark.parametrize("partial_batch", [None, 5, 0])
+def test_a_tick_may_be_recorded_where_every_batch_of_it_is_whole(partial_batch):
+    ring = [FakeFlight() for _ in range(ring_size(AHEAD))]
+    for place, flight in enumerate(ring):
+        flight.recording = place
+
+    def batches():
+        for number in range(6):
+            ring[number % len(ring)].whole = number != partial_batch
+            yield number
+
+    device = NotingDevice()
+    for _ in execute(AHEAD, stages=RecordingStages(), ring=ring, batches=batches(), device=device):
+        pass
+    # Ticks -2 and -1 fill the ring; tick k has batch k + 1 behind its upload, and the last one drains.
+    expected = [None, None, 0, 1, 2, 0, 1, None]
+    for tick in range(-2, 6):
+        if partial_batch in (tick, tick + 1):
+            expected[tick + 2] = None
+    assert device.noted.recordings == expected
 
 
 def test_the_ring_holds_one_flight_more_than_the_batches_ahead():
