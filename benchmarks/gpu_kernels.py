@@ -219,20 +219,17 @@ class Tables:
         def sort_rows() -> None:
             row_sort_cuda.sort_rows(*named, self.batch, total, sort)
 
-        def update() -> None:
+        def both() -> None:
+            sort_rows()
             sorted_update_cuda.update_sorted(
                 kind, self.weight, state, *named, self.mean, self.place, self.batch, self.gradients, self.origins,
                 scalars, guard, sort,
             )  # fmt: skip
 
         yield Case(f"{kind}: sort", sort_rows, 3.0 * self.keys.nbytes)
-        yield Case(f"{kind}: sums and update", update, 2 * self.rows_bytes + state_bytes + self.bags_bytes)
-
-        def both() -> None:
-            sort_rows()
-            update()
-
-        yield Case(f"{kind}: both", both, 2 * self.rows_bytes + state_bytes + self.bags_bytes + self.keys.nbytes)
+        yield Case(
+            f"{kind}: sort and update", both, 2 * self.rows_bytes + state_bytes + self.bags_bytes + self.keys.nbytes
+        )
 
 
 def make_scalars(batch: int, **values: Any) -> np.ndarray:
@@ -323,7 +320,6 @@ def dense_cases(batch: int, device: CudaDevice) -> Iterator[Case]:
 
 def show(figures: Sequence[Figure]) -> None:
     """Print figures as a table."""
-    print(f"{'':44}{'us':>10}{'MB':>10}{'GFLOP':>10}{'floor us':>10}{'share':>8}{'GB/s':>8}")
     for item in figures:
         rate = item.megabytes * 1e3 / item.us
         print(
@@ -335,7 +331,7 @@ def show(figures: Sequence[Figure]) -> None:
 
 def time_cases(clock: Clock, group: str, cases: Iterator[Case]) -> list[Figure]:
     """Time cases one after the other; one that the project refuses is said so and left out."""
-    print(f"\n{group}", flush=True)
+    print(f"\n{group}\n{'':44}{'us':>10}{'MB':>10}{'GFLOP':>10}{'floor us':>10}{'share':>8}{'GB/s':>8}", flush=True)
     figures = []
     while True:
         try:
@@ -343,9 +339,9 @@ def time_cases(clock: Clock, group: str, cases: Iterator[Case]) -> list[Figure]:
             if case is None:
                 break
             figures.append(clock.figure(group, case))
+            show(figures[-1:])
         except CrosslaneError as error:
             print(f"  left out: {error}", flush=True)
-    show(figures)
     return figures
 
 

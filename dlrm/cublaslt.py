@@ -25,7 +25,7 @@ WORKSPACE_BYTES = 64 * 1024 * 1024
 _CANDIDATES = 32
 _WARM, _TIMED = 2, 8
 
-_CUDA_TYPES = {"float16": 2, "bfloat16": 14, "float32": 0, "float64": 1}
+_CUDA_TYPES = {"float16": 2, "uint16": 14, "float32": 0, "float64": 1}  # uint16: the bits of bfloat16
 _COMPUTE_32F, _COMPUTE_64F = 68, 70
 
 

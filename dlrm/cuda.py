@@ -192,12 +192,17 @@ class CudaDevice:
 
     def assign(self, host: Array, target: Array) -> None:
         """Write a host array into a device array of the same shape and any strides; waits for it."""
-        values = cupy.asarray(host)
-        if values.dtype != target.dtype:
-            convert(values, target)
-        else:
-            target[...] = values
+        self.convert(cupy.asarray(host), target)
         cupy.cuda.get_current_stream().synchronize()
+
+    def convert(self, source: Array, target: Array) -> None:
+        """See ``Device.convert``."""
+        if source.dtype == target.dtype or (source.dtype != np.uint16 and target.dtype != np.uint16):
+            target[...] = source
+        elif target.dtype == np.uint16:
+            _TO_BFLOAT16(source.astype(np.float32, copy=False), target)
+        else:
+            target[...] = (source.astype(np.uint32) << 16).view(np.float32)
 
     def to_host(self, array: Array) -> Array:
         """A copy in host memory."""
@@ -316,17 +321,6 @@ class CudaStreams:
         event = cupy.cuda.Event(disable_timing=True)
         event.record(stream)
         return CudaEvent(event, self._capturing)
-
-
-def convert(source: Array, target: Array) -> None:
-    """``target = source`` between float types; bfloat16 is an array of its bits, uint16."""
-    narrow = {array.dtype.name for array in (source, target)} & {"uint16"}
-    if not narrow:
-        target[...] = source
-    elif target.dtype == np.uint16:
-        _TO_BFLOAT16(source.astype(np.float32, copy=False), target)
-    else:
-        target[...] = (source.astype(np.uint32) << 16).view(np.float32)
 
 
 _TO_BFLOAT16 = cupy.ElementwiseKernel(

@@ -95,6 +95,10 @@ class Device(Protocol):
         """Write a host array into a device array of the same shape and any strides, converting; waits for it."""
         ...
 
+    def convert(self, source: Array, target: Array) -> None:
+        """``target = source`` between float types of the device; uint16 stands for the bits of bfloat16."""
+        ...
+
     def to_host(self, array: Array) -> Array:
         """The array itself where the host can read it, else a copy in host memory."""
         ...
@@ -226,6 +230,10 @@ class HostDevice:
     def assign(self, host: Array, target: Array) -> None:
         """Write ``host`` into ``target``, converting."""
         target[...] = host
+
+    def convert(self, source: Array, target: Array) -> None:
+        """``target = source``."""
+        target[...] = source
 
     def to_host(self, array: Array) -> Array:
         """The array itself."""

@@ -141,7 +141,8 @@ def _data_forms(
     """What can be done here, by name."""
     forms: dict[str, Callable[[], None]] = {}
     if mask is not None and mask.data.ptr in _masked:
-        for epilogue in ("DRELU", "DRELU_BGRAD"):
+        # Sums of bfloat16 (uint16) would have its 8 bits.
+        for epilogue in ("DRELU",) if grad_below.dtype == np.uint16 else ("DRELU", "DRELU_BGRAD"):
             product = _data(grad, weight, grad_below, epilogue, mask.shape[1] * 8)
             bias = _bias_like(grad_bias, grad_below) if epilogue == "DRELU_BGRAD" else None
 
@@ -207,7 +208,7 @@ def mask_and_sum(grad: Array, activation: Array, grad_bias: Array, partials: Arr
 def relu_mask(grad: Array, activation: Array, columns: int) -> None:
     """``grad[:, :columns][activation <= 0] = 0``."""
     rows = len(grad)
-    kernel = load(_SOURCE, "relu_mask", (("T", c_type(grad)),))
+    kernel = load(_SOURCE, "relu_mask", (("NUMBER", c_type(grad)),))
     kernel(
         min(_blocks(rows * columns, 8 * _THREADS), 132 * 16), _THREADS, grad, np.int64(_ld(grad)), activation,
         np.int64(_ld(activation)), np.int64(rows), np.int32(columns),
@@ -216,7 +217,7 @@ def relu_mask(grad: Array, activation: Array, columns: int) -> None:
 
 def bias_relu(wide: Array, bias: Array) -> None:
     """See ``gemm.bias_relu``."""
-    kernel = load(_SOURCE, "bias_relu", (("T", c_type(wide)),))
+    kernel = load(_SOURCE, "bias_relu", (("NUMBER", c_type(wide)),))
     total = len(wide) * len(bias)
     shape = (np.int64(len(wide)), np.int32(len(bias)))
     kernel(_blocks(total, _THREADS), _THREADS, wide, np.int64(_ld(wide)), bias, *shape)
@@ -234,7 +235,7 @@ def column_sums(grad: Array, grad_bias: Array) -> None:
 
 def _sum_columns(grad: Array, activation: Array | None, grad_bias: Array, partials: Array) -> None:
     rows, columns = len(grad), len(grad_bias)
-    types = (("T", c_type(grad)), ("S", c_type(partials)), ("MASKED", int(activation is not None)))
+    types = (("NUMBER", c_type(grad)), ("MASKED", int(activation is not None)))
     chunks = _blocks(rows, _ROWS_PER_BLOCK)
     other = grad if activation is None else activation
     load(_SOURCE, "sum_chunks", types)(
@@ -248,7 +249,7 @@ def _sum_columns(grad: Array, activation: Array | None, grad_bias: Array, partia
 
 def logit_forward(x: Array, weight: Array, bias: Array, out: Array) -> None:
     """See ``gemm.logit_forward``."""
-    kernel = load(_SOURCE, "logit_forward", (("T", c_type(x)),))
+    kernel = load(_SOURCE, "logit_forward", (("NUMBER", c_type(x)),))
     kernel(
         _blocks(len(x), _THREADS // 32), _THREADS, x, np.int64(_ld(x)), weight, bias, np.int64(len(x)),
         np.int32(weight.shape[1]), out,
@@ -258,7 +259,7 @@ def logit_forward(x: Array, weight: Array, bias: Array, out: Array) -> None:
 def logit_backward(grad: Array, x: Array, weight: Array, grad_weight: Array, grad_bias: Array, grad_x: Array) -> None:
     """See ``gemm.logit_backward``."""
     rows, inputs = len(grad), weight.shape[1]
-    types = (("T", c_type(x)),)
+    types = (("NUMBER", c_type(x)),)
     load(_SOURCE, "outer", types)(
         min(_blocks(rows * inputs, 4 * _THREADS), 132 * 16), _THREADS, grad, weight, np.int64(rows), np.int32(inputs),
         grad_x, np.int64(_ld(grad_x)),
@@ -269,7 +270,7 @@ def logit_backward(grad: Array, x: Array, weight: Array, grad_weight: Array, gra
     load(_SOURCE, "logit_weight_chunks", types)(
         chunks, _THREADS, grad, x, np.int64(_ld(x)), np.int64(rows), np.int32(inputs), partials
     )
-    load(_SOURCE, "logit_weight_sum", (("G", c_type(grad_weight)),))(
+    load(_SOURCE, "logit_weight_sum", (("GRADIENT", c_type(grad_weight)),))(
         _blocks(inputs + 1, _THREADS), _THREADS, partials, np.int32(chunks), np.int32(inputs), grad_weight, grad_bias
     )
 

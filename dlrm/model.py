@@ -32,7 +32,7 @@ class DenseWorkspace:
     Attributes:
         capacity: rows it can hold.
         vectors: [capacity, F, D], place 0 the bottom output (if there is one), then the tables' pooled vectors.
-        logits: [capacity].
+        logits: [capacity], in the parameters' dtype.
         bottom: hidden activations of the bottom MLP, without its output.
         interaction: [capacity, >= first * D + P].
         top: hidden activations of the top MLP.
@@ -69,8 +69,8 @@ class DenseModel:
         model: layers and embedding dim.
         num_dense: N; 0: no bottom MLP, the top MLP gets the dots alone.
         num_tables: T.
-        dtype: of activations and products: float32 or float64, on a GPU also float16 or bfloat16. Parameters and
-            their gradients are float32 where it is narrower.
+        dtype: of activations and products: float32 or float64, on a GPU also float16 or bfloat16 (uint16, its bits).
+            Parameters and their gradients are float32 where it is narrower.
         device: holds the arrays, runs the passes.
         seed: of the initial weights.
 
@@ -143,7 +143,7 @@ class DenseModel:
     def refresh_weights(self) -> None:
         """Make ``flat_weights`` what ``flat_parameters`` are, after these were set from elsewhere."""
         if self.flat_weights is not self.flat_parameters:
-            self.flat_weights[...] = self.flat_parameters
+            self.device.convert(self.flat_parameters, self.flat_weights)
 
     def workspace(self, capacity: int, *, training: bool = True) -> DenseWorkspace:
         """Arrays for batches of up to ``capacity`` rows; with ``training``, for the backward pass too."""
@@ -158,7 +158,7 @@ class DenseModel:
         workspace = DenseWorkspace(
             capacity=capacity,
             vectors=device.empty(shape, dtype),
-            logits=device.empty(capacity, dtype),
+            logits=device.empty(capacity, self.flat_parameters.dtype),
             bottom=tuple(map(wide, widths[0])),
             interaction=wide(self.interaction_width),
             top=tuple(map(wide, widths[1])),

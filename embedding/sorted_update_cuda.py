@@ -37,7 +37,7 @@ def update_sorted(
     guard: Any,
     sort: RowSort,
 ) -> None:
-    """See ``sorted_update.update_sorted``: the same bits every time.
+    """See ``sorted_update.update_sorted``: the same bits every time. Once after each sort, which it uses up.
 
     Raises:
         DeviceError: rows are no whole number of four columns.

@@ -44,6 +44,11 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
             ("KEY", "int64"),
         ),
     ),
+    "dlrm/gemm.cu": (
+        (("NUMBER", "half_t"), ("MASKED", 1)),
+        (("NUMBER", "float"), ("MASKED", 0)),
+        (("NUMBER", "bfloat_t"), ("GRADIENT", "float")),
+    ),
     "dlrm/interaction_plain.cu": (
         (("DIM", 128), ("VECTORS", 27), ("FIRST", 1), ("NUMBER", "float"), ("RELU", 1)),
         (("DIM", 12), ("VECTORS", 70), ("FIRST", 0), ("NUMBER", "half_t"), ("RELU", 0)),
