@@ -31,6 +31,10 @@ def plan(
         typer.Option(metavar="FILE|NAME", help="Link rates: a JSON file such as a run directory's, or a100 or h100."),
     ] = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="Predict the step time on 8 to 1,024 ranks.")] = False,
+    batch: Annotated[
+        bool, typer.Option("--batch", help="Propose batches near the config's that waste least of the last step.")
+    ] = False,
+    within: Annotated[float, typer.Option(help="Of --batch: how far to look, as a share of the config's batch.")] = 0.1,
     ranks_per_node: Annotated[int, typer.Option(min=1, help="Of the simulation.")] = 8,
     flops: Annotated[
         float, typer.Option(help="Of the simulation: operations of the dense part a rank does in 1 s.")
@@ -54,6 +58,15 @@ def plan(
     from pipeline.planning import simulate as predict
 
     run = load_run_config(config, overrides or ())
+    if batch:
+        if rows is not None:
+            raise ConfigError("--batch: counts the rows of the data set's splits, which --rows stands in for; drop one")
+        found = batch_rows(run, ranks, within)
+        if as_json:
+            print_json(found)
+        else:
+            _print_table("Waste: empty places of an epoch's steps, percent", [_batches_shown(row) for row in found])
+        return
     if not 0 < flops < float("inf"):
         raise ConfigError(f"--flops: {flops}; must be a finite number above 0")
     tables, num_dense, calibration = _data(run, rows, dense, exponent)
@@ -73,6 +86,46 @@ def plan(
     print_plan(made, rates, as_json=as_json)
 
 
+def batch_rows(run: RunConfig, ranks: int, within: float) -> list[dict[str, Any]]:
+    """One row for training and one for every split that is evaluated: the config's batch beside the proposed one."""
+    from pipeline.batch_choice import choose_batch, weigh_batch
+    from pipeline.dataset import load_dataset
+
+    splits = load_dataset(run.data.path).splits
+    wanted = {"train": (run.data.batch_size, "data.batch_size", run.data.drop_last)}
+    for split in (run.eval.split, run.eval.final_split):
+        if split is not None:
+            wanted.setdefault(split, (run.eval.batch_size, "eval.batch_size", False))
+    shown = []
+    for split, (wished, field, drop_last) in wanted.items():
+        if split in splits and (count := splits[split].rows):
+            now = weigh_batch(count, wished, ranks, drop_last=drop_last)
+            best = choose_batch(count, wished, ranks, within=within, drop_last=drop_last)
+            shown.append(
+                {
+                    "split": split, "rows": count, "field": field,
+                    "batch": now.batch, "steps": now.steps, "waste_percent": 100 * now.waste,
+                    "proposed": best.batch, "proposed_steps": best.steps,
+                    "proposed_waste_percent": 100 * best.waste, "last_step_filled_percent": 100 * best.last_share,
+                }
+            )  # fmt: skip
+    return shown
+
+
+def _batches_shown(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns that fit a terminal."""
+    return {
+        "split": row["split"],
+        "rows": row["rows"],
+        "batch": row["batch"],
+        "steps": row["steps"],
+        "waste": _short(row["waste_percent"]),
+        "proposed": row["proposed"],
+        "its steps": row["proposed_steps"],
+        "its waste": _short(row["proposed_waste_percent"]),
+    }
+
+
 def print_plan(plan: Plan, links: LinkRates, *, as_json: bool) -> None:
     """Print a plan: its tables, its time, and the plans that it was chosen over."""
     summary: dict[str, Any] = {
@@ -88,7 +141,7 @@ def print_plan(plan: Plan, links: LinkRates, *, as_json: bool) -> None:
     if as_json:
         print_json({**summary, "tables": plan.describe(), "link_rates": links.to_values()})
         return
-    _print_tables([_shown(row) for row in plan.describe()])
+    _print_table("MiB a rank, MB a step inside nodes and between", [_shown(row) for row in plan.describe()])
     print_fields("Predicted, without the dense part", summary, as_json=False)
 
 
@@ -107,14 +160,13 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _print_tables(rows: list[dict[str, Any]]) -> None:
+def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
     """A narrow table: numbers to the right, nothing folded inside a word where the terminal is wide enough."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="MiB a rank, MB a step inside nodes and between", title_justify="left", box=box.SIMPLE_HEAD,
-                  padding=(0, 1, 0, 0), pad_edge=False)  # fmt: skip
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name, value in (rows[0] if rows else {}).items():
         text = isinstance(value, str)
         table.add_column(name, justify="left" if text else "right", no_wrap=name in ("placement", "rows"))
