@@ -8,7 +8,6 @@ may not divide G. Waste is the share of places that stay empty, plus the share o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -79,9 +78,11 @@ def choose_batch(rows: int, wished: int, ranks: int, *, within: float, drop_last
     return weigh_batch(rows, int(good[np.abs(good - wished).argmin()]), ranks, drop_last=drop_last)
 
 
-def _waste(rows: int, batches: npt.NDArray[np.int64], ranks: int, drop_last: bool) -> npt.NDArray[Any]:
+def _waste(rows: int, batches: npt.NDArray[np.int64], ranks: int, drop_last: bool) -> npt.NDArray[np.float64]:
     """[n] waste of each batch; a split that holds no whole batch is all left out."""
     steps = rows // batches if drop_last else -(-rows // batches)
     trained = np.minimum(steps * batches, rows)
     places = steps * (ranks * -(-batches // ranks))
-    return (1 - trained / np.maximum(places, 1)) * (places > 0) + (1 - trained / rows)
+    empty = np.where(places > 0, 1 - trained / np.maximum(places, 1), 0.0)
+    waste: npt.NDArray[np.float64] = empty + (1 - trained / rows)
+    return waste

@@ -65,7 +65,10 @@ def plan(
         if as_json:
             print_json(found)
         else:
-            _print_table("Waste: empty places of an epoch's steps, percent", [_batches_shown(row) for row in found])
+            _print_table(
+                "Waste: empty places of an epoch's steps, percent; * of the proposed batch",
+                [_batches_shown(row) for row in found],
+            )
         return
     if not 0 < flops < float("inf"):
         raise ConfigError(f"--flops: {flops}; must be a finite number above 0")
@@ -121,8 +124,8 @@ def _batches_shown(row: dict[str, Any]) -> dict[str, Any]:
         "steps": row["steps"],
         "waste": _short(row["waste_percent"]),
         "proposed": row["proposed"],
-        "its steps": row["proposed_steps"],
-        "its waste": _short(row["proposed_waste_percent"]),
+        "steps*": row["proposed_steps"],
+        "waste*": _short(row["proposed_waste_percent"]),
     }
 
 
@@ -169,7 +172,9 @@ def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name, value in (rows[0] if rows else {}).items():
         text = isinstance(value, str)
-        table.add_column(name, justify="left" if text else "right", no_wrap=name in ("placement", "rows"))
+        table.add_column(
+            name, justify="left" if text else "right", no_wrap=name in ("placement", "rows", "batch", "proposed")
+        )
     for row in rows:
         table.add_row(*(text_of(value) for value in row.values()))
     Console().print(table)
