@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,9 +199,11 @@ def host_streams(names: Sequence[str], lanes: LaneThreads | None) -> Iterator[In
         return
     with ExitStack() as stack:
         if lanes is not None and lanes.dense != lanes.embedding:
-            from threadpoolctl import threadpool_limits  # BLAS alone: numba's setting is each worker's
+            # BLAS alone: numba's setting is each worker's. Without this package the lanes share the cores less well.
+            with suppress(ImportError):
+                from threadpoolctl import threadpool_limits
 
-            stack.enter_context(threadpool_limits(lanes.dense, user_api="blas"))
+                stack.enter_context(threadpool_limits(lanes.dense, user_api="blas"))
         streams = WorkerStreams(names, lanes)
         stack.callback(streams.close)
         try:

@@ -25,13 +25,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self
-
-import psutil
+from typing import TYPE_CHECKING, Self
 
 from dlrm.errors import CommError, ConfigError
 from embedding.comm import Comm, all_gather_bytes, broadcast_bytes
 from embedding.topology import Topology
+
+# Loaded where there are several nodes to watch; training on one machine does without.
+if TYPE_CHECKING:
+    import psutil
 
 INTERVAL_S = 1.0
 TIMEOUT_S = 20.0
@@ -242,6 +244,8 @@ def end_this_host(mates: Sequence[psutil.Process]) -> None:
     Args:
         mates: the node's other ranks, which may have another launcher above them.
     """
+    import psutil
+
     time.sleep(0.5)  # the launcher passes the last words on
     ended = list(mates)
     with contextlib.suppress(psutil.Error):
@@ -258,6 +262,8 @@ def end_this_host(mates: Sequence[psutil.Process]) -> None:
 
 
 def _process(pid: int) -> psutil.Process | None:
+    import psutil
+
     try:
         return psutil.Process(pid)
     except psutil.Error:
@@ -282,6 +288,8 @@ def _addresses(network: str | None) -> list[str]:
         inside = ipaddress.ip_network(network) if network else None
     except ValueError as error:
         raise ConfigError(f"heartbeat network {network!r}: {error}; write it like 198.51.100.0/24") from None
+    import psutil
+
     found = [
         card.address
         for cards in psutil.net_if_addrs().values()

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 
 from dlrm.config import DataConfig
 from dlrm.device import Device
-from dlrm.errors import DataError
+from dlrm.errors import ConfigError, DataError
 from embedding.jagged import Jagged
 from pipeline.formats.batch import HostBatch, size_fault
 from pipeline.formats.jagged import JaggedReader
-from pipeline.formats.parquet_rows import ParquetRows
 from pipeline.formats.raw import RawReader, RowFiles, Rows
 from pipeline.formats.record_files import DecodedRecords, RecordFiles, RecordSource, prefers_direct
 from pipeline.generated import SCHEME, GeneratedRecords, GeneratedRows, RowNumbers, parse_synthetic
@@ -64,6 +63,12 @@ class Split:
     def _row_files(self) -> RowFiles | None:
         """What stands for the Raw files of a split that has none."""
         if self._dataset.manifest.layout == "parquet":
+            try:
+                from pipeline.formats.parquet_rows import ParquetRows  # loads polars, which nothing else here needs
+            except ImportError as error:
+                raise ConfigError(
+                    f"data.path: training from Parquet files needs {error.name}; install it, or convert them to raw"
+                ) from None
             return ParquetRows(self._dataset.path, self._dataset.manifest, self._info)
         return self._generated
 

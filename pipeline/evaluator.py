@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from embedding.comm import Comm
 from embedding.topology import share_of, start_of
@@ -24,6 +23,7 @@ from pipeline.curves import Curves
 from pipeline.dataset import Split
 from pipeline.engine import Engine
 from pipeline.flight import Flight
+from pipeline.host_memory import available_memory
 from pipeline.loader import LoadedBatch, Loader
 from pipeline.metrics import Metrics, evaluate_scores
 from pipeline.schedule import Clock, execute, ring_size
@@ -157,7 +157,7 @@ class Evaluator:
             self.cached = kept
 
     def _fits(self, size: int) -> bool:
-        free = psutil.virtual_memory().available
+        free = available_memory()
         return size * self.engine.topology.local_size <= _SHARE_FOR_CACHE * free
 
     def write_scores(self, path: Path) -> None:

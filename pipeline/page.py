@@ -10,9 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 
 def render_page(template: str, /, **values: Any) -> str:
     """A template of this package, filled in; text is escaped, charts come as ``Markup``.
@@ -21,6 +18,9 @@ def render_page(template: str, /, **values: Any) -> str:
         template: name of the file, which puts ``style`` into its head.
         values: what it names.
     """
+    import jinja2  # training loads this module, and only a page needs the templates
+    from markupsafe import Markup
+
     folder = importlib.resources.files("pipeline")
     style = Markup(folder.joinpath("page.css").read_text(encoding="utf-8"))  # noqa: S704 a file of ours
     environment = jinja2.Environment(

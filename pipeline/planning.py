@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import psutil
 
 from dlrm.config import RunConfig
 from dlrm.errors import ConfigError
@@ -16,6 +15,7 @@ from embedding.frequency import Frequency, RowCounts
 from embedding.links import DEFAULT, LinkRates
 from embedding.plan import Forced, Plan, TableSpec, make_plans
 from pipeline.dataset import Dataset
+from pipeline.host_memory import available_memory
 from pipeline.loader import Loader
 from pipeline.manifest import TableInfo
 from pipeline.statistics import read_frequencies
@@ -147,7 +147,7 @@ def memory_limit_bytes(config: RunConfig, local_ranks: int) -> int:
     """
     if config.embedding.memory_limit_mib is not None:
         return config.embedding.memory_limit_mib * 2**20
-    return int(psutil.virtual_memory().available * _MEMORY_FOR_TABLES) // local_ranks
+    return int(available_memory() * _MEMORY_FOR_TABLES) // local_ranks
 
 
 def plan_tables(

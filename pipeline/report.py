@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from markupsafe import Markup
 
 from dlrm.errors import CrosslaneError
 from pipeline import report_charts
@@ -71,15 +71,17 @@ def build_report(
     return cleaned
 
 
-def write_report(directory: str | Path, report: Mapping[str, Any]) -> tuple[Path, Path]:
+def write_report(directory: str | Path, report: Mapping[str, Any]) -> tuple[Path, ...]:
     """Write ``report.json`` and ``report.html``, each appearing only once complete.
+
+    A run does not fail for its page: where jinja2 is not installed, a line on standard error says that it is missing.
 
     Args:
         directory: folder to write into; made if missing.
         report: what ``build_report`` returned.
 
     Returns:
-        The two files.
+        The files written.
 
     Raises:
         CrosslaneError: they cannot be written.
@@ -88,7 +90,13 @@ def write_report(directory: str | Path, report: Mapping[str, Any]) -> tuple[Path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-        return replace_file(folder / "report.json", text), replace_file(folder / "report.html", render_html(report))
+        written = replace_file(folder / "report.json", text)
+        try:
+            page = render_html(report)
+        except ImportError:
+            print("warning: report.html is not written, since jinja2 is not installed", file=sys.stderr)
+            return (written,)
+        return written, replace_file(folder / "report.html", page)
     except OSError as error:
         raise CrosslaneError(
             f"report {error.filename or folder}: {error.strerror or error}; name a folder that can be written"
@@ -97,6 +105,8 @@ def write_report(directory: str | Path, report: Mapping[str, Any]) -> tuple[Path
 
 def render_html(report: Mapping[str, Any]) -> str:
     """The report as one self-contained HTML page."""
+    from markupsafe import Markup
+
     charts = {
         name: Markup(getattr(report_charts, f"{name}_chart")(report))  # noqa: S704 every text in it is escaped there
         for name in ("roc", "precision_recall", "calibration", "histogram", "loss", "auc")

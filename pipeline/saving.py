@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import psutil
 
 from dlrm.config import CheckpointConfig
 from pipeline.checkpoint import Checkpoint
@@ -17,6 +16,7 @@ from pipeline.checkpoint_async import AsyncSaver, Saved
 from pipeline.checkpoint_folder import STEP_PREFIX, target_of
 from pipeline.checkpoint_shards import touched_of_shards
 from pipeline.engine import Engine
+from pipeline.host_memory import available_memory
 
 _FREE_FOR_COPY = 0.5
 """Of the memory that is free."""
@@ -148,7 +148,7 @@ class RunSaver:
         """Bytes that a copy on this rank may take now."""
         if self._limit_bytes is not None:
             return self._limit_bytes
-        free = psutil.virtual_memory().available
+        free = available_memory()
         return int(free * _FREE_FOR_COPY) // self._engine.topology.local_size
 
 
