@@ -225,6 +225,26 @@ class CudaDevice:
         yield CudaStreams(self, names)
         self.synchronize()
 
+    def record(self) -> CudaEvent:
+        """See ``dlrm.device.Device.record``."""
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record(cupy.cuda.get_current_stream())
+        return CudaEvent(event)
+
+    @contextmanager
+    def on(self, stream: str, after: Sequence[Event] = ()) -> Iterator[None]:
+        """See ``dlrm.device.Device.on``."""
+        cupy.cuda.Device(self.index).use()  # a thread of its own begins on the first GPU
+        target = self.stream(stream)
+        for event in after:
+            assert isinstance(event, CudaEvent)
+            target.wait_event(event.handle)
+        with target:
+            try:
+                yield
+            finally:
+                target.synchronize()
+
     def capture(self, stream: str, issue: Callable[[], None]) -> CudaGraph:
         """Record what ``issue`` puts on ``stream`` as a graph; nothing runs.
 

@@ -10,14 +10,14 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from dlrm.host_streams import host_streams, lane_threads
+from dlrm.host_streams import DoneEvent, host_streams, lane_threads
 
 Array: TypeAlias = Any
 """An array of ``device.xp``: ``numpy.ndarray`` on the host."""
@@ -109,6 +109,18 @@ class Device(Protocol):
 
     def streams(self, names: Sequence[str]) -> AbstractContextManager[Streams]:
         """In-order queues of these names, for as long as the ``with`` block lasts."""
+        ...
+
+    def record(self) -> Event:
+        """The point that the current stream has reached."""
+        ...
+
+    def on(self, stream: str, after: Sequence[Event] = ()) -> AbstractContextManager[None]:
+        """A place for work beside the schedule, in whatever thread.
+
+        What the calling thread starts in the ``with`` block goes to ``stream``, behind ``after``, and has ended when
+        the block is left; the thread waits for that stream alone.
+        """
         ...
 
 
@@ -246,6 +258,14 @@ class HostDevice:
     def streams(self, names: Sequence[str]) -> AbstractContextManager[Streams]:
         """One name: a queue that runs inline. Several: a worker thread each (see ``host_streams.lane_threads``)."""
         return host_streams(names, self._lanes)
+
+    def record(self) -> DoneEvent:
+        """A point that has come: what a thread starts is done when its call returns."""
+        return DoneEvent()
+
+    def on(self, stream: str, after: Sequence[Event] = ()) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Nothing to change: the thread does the work itself."""
+        return nullcontext()
 
 
 def _aligned(make: Callable[..., Array], shape: int | tuple[int, ...], dtype: Any) -> Array:

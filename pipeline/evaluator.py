@@ -1,8 +1,8 @@
 """Scoring a split: the forward-only schedule, then exact metrics over all ranks.
 
 The first pass keeps the split's batches in memory where they fit, so that later ones read no file. The metrics need
-nothing but the logits: ``BackgroundEvaluations`` computes them in a thread of its own, on a communicator of its own,
-beside the next training steps.
+nothing but the logits, which stay on the device: ``BackgroundEvaluations`` computes them in a thread of its own, on a
+stream and a communicator of its own, beside the next training steps.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from dlrm.device import Event
 from embedding.comm import Comm
 from embedding.topology import share_of, start_of
 from pipeline.curves import Curves
@@ -81,8 +82,8 @@ class Evaluator:
             for _ in range(ring_size(engine.eval_schedule.rows))
         ]
         rows = sum(self._share(start) for start in range(0, split.rows, self.batch_size))
-        self._logits = np.empty(rows, engine.model.dtype)
-        self._labels = np.empty(rows, engine.model.dtype)
+        self._logits = engine.device.empty(rows, engine.model.dtype)
+        self._labels = engine.device.empty(rows, engine.model.dtype)
         self.cached: list[LoadedBatch] | None = None
         self._keeps: bool | None = None
         self._forward_seconds = 0.0
@@ -111,15 +112,16 @@ class Evaluator:
                 clock=clock,
             ):
                 here = slice(at, at + flight.rows)
-                engine.device.download(flight.workspace.logits[: flight.rows], self._logits[here])
-                engine.device.download(flight.labels[: flight.rows], self._labels[here])
+                engine.device.convert(flight.workspace.logits[: flight.rows], self._logits[here])
+                engine.device.convert(flight.labels[: flight.rows], self._labels[here])
                 at += flight.rows
         self._forward_seconds = time.perf_counter() - start
 
     def score(self, comm: Comm) -> Evaluation:
         """Metrics of the last ``forward`` (collective over ``comm``, all ranks); needs nothing of the model."""
         start = time.perf_counter()
-        metrics, curves = evaluate_scores(self._logits, self._labels, comm)
+        device = self.engine.device
+        metrics, curves = evaluate_scores(device.to_host(self._logits), device.to_host(self._labels), comm)
         scoring = time.perf_counter() - start
         return Evaluation(self.name, metrics, curves, self._forward_seconds + scoring, self.split.rows, scoring)
 
@@ -174,7 +176,7 @@ class Evaluator:
             for start in range(0, self.split.rows, self.batch_size):
                 size = min(self.batch_size, self.split.rows - start)
                 first, count = start + start_of(size, comm.size, comm.rank), self._share(start)
-                scores[first : first + count] = _sigmoid(self._logits[at : at + count])
+                scores[first : first + count] = _sigmoid(self.engine.device.to_host(self._logits[at : at + count]))
                 at += count
             scores.flush()
         comm.barrier()
@@ -206,7 +208,11 @@ class BackgroundEvaluations:
         evaluator = self._evaluators[split]
         evaluator.forward(clock=clock)
         self._step = step
-        self._scoring = self._pool.submit(evaluator.score, self._comm)
+        self._scoring = self._pool.submit(self._score, evaluator, self._engine.device.record())
+
+    def _score(self, evaluator: Evaluator, forward: Event) -> Evaluation:
+        with self._engine.device.on("scoring", (forward,)):
+            return evaluator.score(self._comm)
 
     def run(self, split: str, step: int, *, clock: Clock | None = None) -> Evaluation:
         """Evaluate, and wait for the result."""

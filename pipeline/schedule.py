@@ -104,7 +104,8 @@ def execute(
 ) -> Iterator[Flight]:
     """Run a schedule over all batches; yields each batch's Flight once its last stage is done.
 
-    The caller may read the Flight, evaluate or save until it asks for the next one: nothing is under way meanwhile.
+    The caller may read the Flight, evaluate or save until it asks for the next one: nothing is under way meanwhile, and
+    what it has started itself comes before everything that follows.
     """
     most_ahead = ring_size(rows) - 1
     issued, exhausted = 0, False
@@ -124,6 +125,7 @@ def execute(
             streams.join(uploads)
             if 0 <= tick < issued:
                 yield ring[tick % len(ring)]
+                streams.join([device.record()])
             tick += 1
 
 

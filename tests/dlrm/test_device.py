@@ -56,3 +56,12 @@ def test_upload_and_download_copy_and_refuse_another_dtype(rng):
     assert not np.shares_memory(back, there)
     with pytest.raises(TypeError):
         device.upload(source, device.empty((4, 3), np.float32))
+
+
+def test_work_beside_the_schedule_has_ended_when_its_block_is_left():
+    device, found = HostDevice(), np.zeros(1)
+    point = device.record()
+    with device.on("scoring", (point,)):
+        found += 1
+    assert point.done()
+    assert found == 1

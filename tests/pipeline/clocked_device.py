@@ -51,6 +51,10 @@ class ClockedStreams:
     def join(self, events: Sequence[Clock]) -> None:
         self.host = self.now = merge(self.host, *events)
 
+    def call(self) -> None:
+        """What follows is started by the schedule's caller, on a stream that is not the schedule's."""
+        self.now = merge(self.host, {"caller": self.host.get("caller", 0) + 1})
+
 
 class ClockedDevice:
     """Hands out ``ClockedStreams`` and keeps the latest."""
@@ -61,6 +65,9 @@ class ClockedDevice:
     def streams(self, names: Sequence[str]) -> Iterator[ClockedStreams]:
         self.streams_now = ClockedStreams(names)
         yield self.streams_now
+
+    def record(self) -> Clock:
+        return self.streams_now.now
 
 
 @dataclass
@@ -152,6 +159,7 @@ def faults_of(rows: Sequence[Row], batches: int) -> list[str]:
     ):
         if flight.number != expected:
             memory.faults.append(f"batch {flight.number} is handed out as {expected}")
+        device.streams_now.call()
         outputs = [name for name in OUTPUTS if written[name] or name.startswith("weights")]
         memory.access(f"after {expected}", expected, flight.position, reads=outputs, writes=())
     return memory.faults

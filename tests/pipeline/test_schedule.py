@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlrm.host_streams import InlineStream
+from dlrm.host_streams import DoneEvent, InlineStream
 from pipeline.schedule import (
     EVAL_OVERLAPPED,
     EVAL_SEQUENTIAL,
@@ -36,6 +36,9 @@ class InlineDevice:
     @contextmanager
     def streams(self, names):
         yield InlineStream()
+
+    def record(self):
+        return DoneEvent()
 
 
 class RecordingStages:
@@ -95,7 +98,7 @@ class NotingStreams(InlineStream):
         super().repeat(issue, after, recording)
 
 
-class NotingDevice:
+class NotingDevice(InlineDevice):
     def __init__(self):
         self.noted = NotingStreams()
 
