@@ -117,7 +117,7 @@ def report(done: subprocess.CompletedProcess[str], title: str, other: str, optio
             options.trace.mkdir(parents=True, exist_ok=True)
             path = options.trace / f"{what}-{result['ranks']}.json"
             path.write_text(json.dumps(result[what]["trace"]))
-            print(f"  trace {path}: overlap ratio {result[what]['trace']['otherData']['overlap_ratio']:.2f}")
+            print(f"  trace {path}: overlap ratio {result[what]['trace']['otherData']['overlap']['ratio']:.2f}")
 
 
 if __name__ == "__main__":

@@ -63,9 +63,9 @@ def evaluations(engine: Engine, names: list[str], options: argparse.Namespace) -
         name: Evaluator(replace(engine, eval_schedule=found[name]), engine.dataset.split("test"), "test")
         for name in names
     }
-    clock = StageClock()
+    clock = StageClock(engine.device)
     evaluators["sequential"].run(clock=clock)  # compiles, and fills the cache
-    clock.take_ms(1)
+    clock.take_ms()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     bits = set()
     for turn in range(options.pairs + 1):
@@ -76,7 +76,7 @@ def evaluations(engine: Engine, names: list[str], options: argparse.Namespace) -
             if turn:  # the first turn warms up
                 seconds[name].append(took)
     batches = -(-engine.dataset.split("test").rows // options.batch)
-    stages_ms = clock.take_ms(options.pairs * batches)
+    stages_ms = clock.take_ms()
     return {"seconds": seconds, "stages_ms": stages_ms, "equal": len(bits) == 1, "batches": batches}
 
 
@@ -96,7 +96,7 @@ def trainings(engine: Engine, names: list[str], options: argparse.Namespace) -> 
         ]
         for name in names
     }  # fmt: skip
-    clock = StageClock()
+    clock = StageClock(engine.device)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     equal = True
     ends: list[Any] = []
@@ -114,7 +114,7 @@ def trainings(engine: Engine, names: list[str], options: argparse.Namespace) -> 
     engine.comm.all_reduce(everywhere, "min").wait()
     return {
         "seconds": seconds,
-        "stages_ms": clock.take_ms(options.pairs * STEPS),
+        "stages_ms": clock.take_ms(),
         "equal": bool(everywhere[0]),
         "batches": STEPS,
     }
@@ -141,13 +141,13 @@ def steps(
 
 def trace(engine: Engine, what: str, options: argparse.Namespace) -> dict[str, Any]:
     """Chrome trace of one overlapped run."""
-    timeline = Timeline(2, 4)
+    timeline = Timeline(engine.device, range(2, 6), 1)
     schedule = schedules(engine, what, options.depth)["overlapped"]
     engine.comm.barrier()
-    zero = time.perf_counter()
+    timeline.start()
     if what == "eval":
         split = engine.dataset.split("test")
-        Evaluator(replace(engine, eval_schedule=schedule), split, "test").run(clock=StageClock(timeline))
+        Evaluator(replace(engine, eval_schedule=schedule), split, "test").run(clock=StageClock(engine.device, timeline))
     else:
         ring = [
             Flight.allocate(
@@ -156,8 +156,8 @@ def trace(engine: Engine, what: str, options: argparse.Namespace) -> dict[str, A
             )
             for _ in range(ring_size(schedule.rows))
         ]  # fmt: skip
-        steps(engine, schedule, ring, read(engine, options.batch), StageClock(timeline))
-    return chrome_trace(gather_runs(timeline, engine.comm, zero))
+        steps(engine, schedule, ring, read(engine, options.batch), StageClock(engine.device, timeline))
+    return chrome_trace(gather_runs(timeline, engine.comm))
 
 
 def main() -> None:

@@ -191,6 +191,18 @@ class OverlapConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class TraceConfig:
+    """What is looked at closely: stage by stage, in ``trace/`` of the run's folder and as a picture in the report."""
+
+    steps: tuple[PositiveInt, ...] = ()
+    """Training steps."""
+    eval_batches: tuple[PositiveInt, ...] = ()
+    """Batches of the evaluations, from 1; kept of the last one before the closing one."""
+    nvtx: bool = False
+    """Name stages for Nsight; on GPUs the chosen steps'."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class RunSection:
     """Where a run writes, and what it starts from."""
 
@@ -219,6 +231,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     overlap: OverlapConfig = Field(default_factory=OverlapConfig)
+    trace: TraceConfig = Field(default_factory=TraceConfig)
     run: RunSection = Field(default_factory=RunSection)
 
     def __post_init__(self) -> None:

@@ -219,6 +219,18 @@ class CudaDevice:
         event.record(stream)
         return CudaReading(host, event)
 
+    def mark(self) -> Any:
+        """An event on the current stream."""
+        event = cupy.cuda.Event()
+        event.record(cupy.cuda.get_current_stream())
+        return event
+
+    def elapsed(self, start: Any, end: Any) -> float:
+        """Seconds between two events; waits for both."""
+        start.synchronize()
+        end.synchronize()
+        return 1e-3 * float(cupy.cuda.get_elapsed_time(start, end))
+
     @contextmanager
     def streams(self, names: Sequence[str]) -> Iterator[CudaStreams]:
         """CUDA streams of these names."""

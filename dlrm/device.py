@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ Array: TypeAlias = Any
 """An array of ``device.xp``: ``numpy.ndarray`` on the host."""
 
 Kernel: TypeAlias = Callable[..., Any]
+
+Mark: TypeAlias = Any
+"""A moment in the order of a stream's work: ``Device.mark``."""
 
 ALIGNMENT = 64
 """Bytes that arrays of the host start at a multiple of: a cache line, and the widest vector register."""
@@ -105,6 +109,14 @@ class Device(Protocol):
 
     def read_later(self, array: Array) -> Reading:
         """Start to copy a small array to the host, in the order of what was issued."""
+        ...
+
+    def mark(self) -> Mark:
+        """The moment at which the current stream gets here; nothing that is replayed may hold one."""
+        ...
+
+    def elapsed(self, start: Mark, end: Mark) -> float:
+        """Seconds between two marks; waits until both have been reached."""
         ...
 
     def streams(self, names: Sequence[str]) -> AbstractContextManager[Streams]:
@@ -254,6 +266,14 @@ class HostDevice:
     def read_later(self, array: Array) -> Reading:
         """A copy of what the array holds now."""
         return _Copied(array.copy())
+
+    def mark(self) -> float:
+        """Now: what was issued is done when its call returns."""
+        return time.perf_counter()
+
+    def elapsed(self, start: float, end: float) -> float:
+        """Seconds from ``start`` to ``end``."""
+        return end - start
 
     def streams(self, names: Sequence[str]) -> AbstractContextManager[Streams]:
         """One name: a queue that runs inline. Several: a worker thread each (see ``host_streams.lane_threads``)."""

@@ -18,6 +18,7 @@ import yaml
 from dlrm.errors import CrosslaneError
 from pipeline import report_charts
 from pipeline.curves import Curves
+from pipeline.lanes_chart import caption, lanes_chart
 from pipeline.metrics import Metrics
 from pipeline.page import count, duration, finite, render_page, replace_file, show_value
 
@@ -40,6 +41,7 @@ def build_report(
     history: Sequence[Mapping[str, Any]] = (),
     run_info: Mapping[str, Any] | None = None,
     samples_per_s: float | None = None,
+    lanes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The values of ``report.json``.
 
@@ -52,6 +54,7 @@ def build_report(
         history: ``step`` and ``eval`` records of ``progress.jsonl``, in order.
         run_info: ranks, threads, machine, versions, plan, stop reason, stage times and the like.
         samples_per_s: training samples per second over the run; ``None`` without training.
+        lanes: what ran beside what, by ``train`` and ``eval`` (``run_trace.read_lanes``); ``None``: nothing was traced.
 
     Returns:
         Plain JSON values; numbers that are not finite have become ``None``.
@@ -65,6 +68,7 @@ def build_report(
         "dataset": dict(dataset_summary),
         "curves": curves.to_values(),
         "history": _thin(history),
+        "lanes": dict(lanes or {}),
         "run": dict(run_info or {}),
     }
     cleaned: dict[str, Any] = finite(report)
@@ -121,6 +125,10 @@ def render_html(report: Mapping[str, Any]) -> str:
         run_rows=run_rows(report),
         dataset_rows=dataset_rows(dataset),
         stages=stage_rows(run.get("stages_ms")),
+        lanes=[
+            {**figure, "chart": Markup(figure["chart"])}  # noqa: S704 every text in it is escaped there
+            for figure in lanes_figures(report["lanes"])
+        ],
         plan=run.get("plan") or [],
         config=yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True),
         source=dataset.get("source"),
@@ -234,6 +242,23 @@ def stage_rows(stages_ms: Mapping[str, float] | None) -> list[dict[str, str]]:
         }
         for name, value in stages.items()
     ]
+
+
+def lanes_figures(lanes: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Pictures of the two lanes: title, SVG and what lies below it."""
+    figures = []
+    for what, title in (("train", "training steps"), ("eval", "evaluation batches")):
+        if chart := lanes_chart(lanes[what], f"lanes-{what}") if what in lanes else "":
+            numbers = ", ".join(f"{tick:,}" for tick in lanes[what]["ticks"][:12])
+            more = " and more" if len(lanes[what]["ticks"]) > 12 else ""
+            figures.append(
+                {
+                    "title": f"The two lanes: {title} {numbers}{more}",
+                    "chart": chart,
+                    "caption": caption(lanes[what]),
+                }
+            )
+    return figures
 
 
 def _majority(rate: float | None) -> str:

@@ -7,7 +7,6 @@ ended: ``after`` names what else a row waits for, stages of the same batch. The 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -87,10 +86,13 @@ def stream_names(rows: Sequence[Row]) -> list[str]:
 
 
 class Clock(Protocol):
-    """Told of every run of a stage."""
+    """Times runs of stages."""
 
-    def add(self, row: Row, number: int, start: float, end: float) -> None:
-        """Count one run, of batch ``number`` from 0, between two readings of ``time.perf_counter``."""
+    def times(self, tick: int) -> bool:
+        """Whether it times the runs of a tick: these are issued, never replayed."""
+
+    def run(self, row: Row, number: int, work: Callable[[], None]) -> None:
+        """Do ``work``, which is ``row`` of batch ``number`` from 0, and note when; called on the row's stream."""
 
 
 def execute(
@@ -160,7 +162,7 @@ class _Tick:
     def recording(self, rows: Sequence[Row]) -> Recording | None:
         """That of the ring's position, if every batch is there and whole, so that its shapes never change."""
         chosen = self._with_batch(rows)
-        if len(chosen) < len(rows) or not all(self._flight(row).whole for row in chosen):
+        if self._timed() is not None or len(chosen) < len(rows) or not all(self._flight(row).whole for row in chosen):
             return None
         return self.ring[self.number % len(self.ring)].recording
 
@@ -171,12 +173,8 @@ class _Tick:
         return self.ring[(self.number + row.ahead) % len(self.ring)]
 
     def _work(self, row: Row) -> Callable[[], None]:
-        number, flight = self.number + row.ahead, self._flight(row)
+        work, clock = partial(self.stages.run, row.stage, self._flight(row)), self._timed()
+        return work if clock is None else partial(clock.run, row, self.number + row.ahead, work)
 
-        def run() -> None:
-            start = time.perf_counter()
-            self.stages.run(row.stage, flight)
-            if self.clock is not None:
-                self.clock.add(row, number, start, time.perf_counter())
-
-        return run
+    def _timed(self) -> Clock | None:
+        return self.clock if self.clock is not None and self.clock.times(self.number) else None

@@ -13,6 +13,7 @@ from pipeline.evaluator import Evaluation
 from pipeline.plan_report import plan_choice
 from pipeline.progress import read_records
 from pipeline.report import build_report, write_report
+from pipeline.run_trace import read_lanes
 
 __all__ = ["history_of", "report_of", "write_report"]
 
@@ -41,6 +42,7 @@ def report_of(
         config=to_values(engine.config),
         dataset_summary=engine.dataset.summary(),
         history=history_of(progress) if progress else [],
+        lanes=read_lanes(progress.parent) if progress else {},
         run_info={
             **stop,
             **plan_choice(engine.plan, stop.get("stages_ms")),

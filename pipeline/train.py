@@ -19,7 +19,7 @@ from pipeline.threads import threads_per_rank
 
 if TYPE_CHECKING:
     from embedding.comm import Comm
-    from pipeline.trainer import TrainResult
+    from pipeline.course import TrainResult
 
 
 def train(config: RunConfig, *, comm: Comm | None = None) -> TrainResult:

@@ -6,13 +6,13 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from dlrm.config import EarlyStopConfig, RunConfig, to_values
+from dlrm.config import RunConfig, to_values
 from dlrm.errors import CommError, CrosslaneError
 from embedding.comm import Comm
 from embedding.heartbeat import Heartbeat
@@ -20,55 +20,17 @@ from pipeline import stop
 from pipeline.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
 from pipeline.checkpoint_async import Saved
 from pipeline.config_agreement import agree_config
+from pipeline.course import HIGHER_IS_BETTER, Course, Reason, TrainResult, is_better
 from pipeline.engine import Engine, build_engine
 from pipeline.evaluator import BackgroundEvaluations, Evaluation, final_split
 from pipeline.flight import Flight
 from pipeline.loader import Loader, steps_per_epoch
 from pipeline.progress import ProgressWriter
 from pipeline.resumption import check_resumable, rule_changed
+from pipeline.run_trace import RunTrace
 from pipeline.saving import RunSaver
 from pipeline.schedule import execute, ring_size
 from pipeline.summary import report_of, write_report
-from pipeline.trace import StageClock
-
-Reason = Literal["finished", "target", "early_stop", "stopped"]
-_HIGHER_IS_BETTER = {"auc", "accuracy"}
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """How a run ended.
-
-    Attributes:
-        directory: the run's folder.
-        step: steps made in all.
-        reason: why it ended.
-        checkpoint: the weights that were evaluated last, or the state that a stop left.
-        report: the evaluation report on rank 0; empty elsewhere and after a stop.
-    """
-
-    directory: Path
-    step: int
-    reason: Reason
-    checkpoint: Path
-    report: dict[str, Any]
-
-
-@dataclass(slots=True)
-class _Course:
-    """What a checkpoint keeps of the run beside the weights."""
-
-    step: int = 0
-    seconds: float = 0.0
-    train_seconds: float = 0.0
-    timed_samples: int = 0
-    samples: int = 0
-    best: float | None = None
-    best_step: int = 0
-    evaluated_step: int = 0
-    evaluations_since_best: int = 0
-    ended: Reason | None = None
-    stages_ms: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -90,8 +52,8 @@ class Trainer:
         self.engine: Engine = build_engine(config, comm=comm, threads=threads, saved=self._latest)
         self.split = self.engine.dataset.split("train")
         self.steps = self._planned_steps()
-        self.course = _Course()
-        self._clock = StageClock()
+        self.course = Course()
+        self._trace = RunTrace(config.trace, device=self.engine.device, comm=comm, directory=self.directory)
         self._control = np.zeros(3)
         self._warm = False
         self._evaluations = BackgroundEvaluations(self.engine, self._note_evaluation)
@@ -154,7 +116,7 @@ class Trainer:
         if checkpoint is not None:
             check_resumable(checkpoint, self.config)
             self.engine.load_checkpoint(checkpoint, states=True)
-            self.course = _Course(**checkpoint.meta["course"])
+            self.course = Course(**checkpoint.meta["course"])
             if rule_changed(checkpoint, self.config, "early_stop", "metric"):
                 self.course.best, self.course.evaluations_since_best = None, 0  # of another metric
             if self._asks_for_more(checkpoint):
@@ -209,6 +171,7 @@ class Trainer:
         )
         if self._evaluation_due() and (reason := self._judge(self._evaluate(config.eval.split))):
             return reason  # a stop came between this step and its evaluation
+        self._trace.start_training(self.course.step)
         self._reset_window()
         with loader:
             for flight in execute(
@@ -217,7 +180,7 @@ class Trainer:
                 ring=ring,
                 batches=iter(loader),
                 device=engine.device,
-                clock=self._clock,
+                clock=self._trace.clock,
             ):
                 if reason := self._after_step(flight):
                     return reason
@@ -226,6 +189,7 @@ class Trainer:
     def _after_step(self, flight: Flight) -> Reason | None:
         course, train = self.course, self.config.train
         course.step = step = flight.step
+        self._trace.after_step(step)
         course.samples += flight.global_rows
         self._window_steps += 1
         self._window_samples += flight.global_rows
@@ -250,7 +214,7 @@ class Trainer:
             with self._pause():
                 if self._decides is None:  # nothing waits for the metrics: they come behind the next steps
                     course.evaluated_step = step
-                    self._evaluations.start(self.config.eval.split, step)
+                    self._evaluations.start(self.config.eval.split, step, clock=self._trace.evaluation())
                 elif reason := self._judge(self._evaluate(self.config.eval.split)):
                     return reason
         if train.checkpoint_every and step % train.checkpoint_every == 0 and not last:
@@ -289,7 +253,7 @@ class Trainer:
         samples = self._window_samples - self._cold_samples
         self.course.train_seconds += seconds
         self.course.timed_samples += samples
-        self.course.stages_ms = self._clock.take_ms(self._window_steps)
+        self.course.stages_ms = self._trace.clock.take_ms()
         stages = self.engine.stages
         self._progress.write(
             "step",
@@ -303,8 +267,8 @@ class Trainer:
         )
         self._reset_window()
 
-    def _evaluate(self, split: str) -> Evaluation:
-        return self._evaluations.run(split, self.course.step)
+    def _evaluate(self, split: str, *, closing: bool = False) -> Evaluation:
+        return self._evaluations.run(split, self.course.step, clock=self._trace.evaluation(closing=closing))
 
     def _note_evaluation(self, evaluation: Evaluation, step: int) -> None:
         self._progress.write("eval", step=step, **evaluation.to_values())
@@ -316,14 +280,14 @@ class Trainer:
         values = evaluation.metrics.to_values()
         if train.early_stop:
             value = values[train.early_stop.metric]
-            if value is not None and (course.best is None or _better(train.early_stop, value, course.best)):
+            if value is not None and (course.best is None or is_better(train.early_stop.metric, value, course.best)):
                 course.best, course.best_step, course.evaluations_since_best = value, course.step, 0
                 self._save("best")
             else:
                 course.evaluations_since_best += 1
         if train.target and (value := values[train.target.metric]) is not None:
             beyond = value - train.target.value
-            if (beyond if train.target.metric in _HIGHER_IS_BETTER else -beyond) >= 0:
+            if (beyond if train.target.metric in HIGHER_IS_BETTER else -beyond) >= 0:
                 return "target"
         if train.early_stop and course.evaluations_since_best >= train.early_stop.patience:
             return "early_stop"
@@ -366,7 +330,8 @@ class Trainer:
                 checkpoint = self.checkpoints / "best"
                 self._saver.wait()
                 self.engine.load_checkpoint(open_checkpoint(checkpoint, comm=self.comm), states=False)
-            evaluation = self._evaluate(final_split(self.engine))
+            evaluation = self._evaluate(final_split(self.engine), closing=True)
+            self._trace.write()
             self._saver.wait()  # nothing is reported of a run whose last checkpoint is not on disk
             if self.comm.rank == 0:
                 report = report_of(
@@ -387,10 +352,8 @@ class Trainer:
                     },
                 )
                 write_report(self.directory, report)
+        else:
+            self._trace.write()
         self._saver.wait()
         self._progress.write("end", step=self.course.step, reason=reason, seconds=time.perf_counter() - self._began)
         return TrainResult(self.directory, self.course.step, reason, checkpoint, report)
-
-
-def _better(rule: EarlyStopConfig, value: float, best: float) -> bool:
-    return value > best if rule.metric in _HIGHER_IS_BETTER else value < best

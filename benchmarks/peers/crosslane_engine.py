@@ -107,7 +107,7 @@ def main() -> None:
         )
         for _ in range(ring_size(TRAIN_SEQUENTIAL))
     ]
-    clock = StageClock()
+    clock = StageClock(engine.device)
     steps = execute(
         TRAIN_SEQUENTIAL,
         stages=engine.stages,
@@ -121,8 +121,8 @@ def main() -> None:
     def step(_: int) -> None:
         losses.append(next(steps).loss)
 
-    result = repeat(step, warmup_s=options.warmup, measure_s=options.seconds, on_start=lambda: clock.take_ms(1))
-    stages_ms = {stage: round(ms, 3) for stage, ms in clock.take_ms(result["steps"]).items()}
+    result = repeat(step, warmup_s=options.warmup, measure_s=options.seconds, on_start=lambda: clock.take_ms())
+    stages_ms = {stage: round(ms, 3) for stage, ms in clock.take_ms().items()}
     report(**result, version=f"numba {importlib.metadata.version('numba')}", stages_ms=stages_ms, last_loss=losses[-1])
 
 

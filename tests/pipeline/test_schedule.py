@@ -20,7 +20,6 @@ from pipeline.schedule import (
     ring_size,
 )
 from pipeline.stages import FIELDS, S, Stages
-from pipeline.trace import StageClock
 
 AHEAD = (
     Row(S.upload, "copy", ahead=2),
@@ -138,11 +137,3 @@ def test_the_ring_holds_one_flight_more_than_the_batches_ahead():
 def test_every_stage_declares_its_fields_and_exists():
     assert set(FIELDS) == set(S)
     assert all(callable(getattr(Stages, stage)) for stage in S)
-
-
-def test_the_clock_gives_means_per_step_and_starts_again():
-    clock = StageClock()
-    clock.add(Row(S.lookup, "embedding"), 0, 1.0, 1.5)
-    clock.add(Row(S.lookup, "embedding"), 1, 2.0, 2.25)
-    assert clock.take_ms(3) == {"lookup": pytest.approx(250.0)}
-    assert clock.take_ms(3) == {}
