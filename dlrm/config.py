@@ -261,7 +261,7 @@ class RunConfig:
         return self.embedding.optimizer or self.optimizer
 
     def pooling(self, table: str) -> Pooling:
-        """Pooling of one table: ``sum`` or ``mean``."""
+        """Pooling of one table."""
         exception = self.embedding.tables.get(table)
         return (exception and exception.pooling) or self.embedding.pooling
 

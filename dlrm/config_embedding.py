@@ -16,7 +16,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-Pooling = Literal["sum", "mean"]
+Pooling = Literal["sum", "mean", "concat"]
 PlacementKind = Literal["replicated", "table_wise", "row_wise", "column_wise", "hybrid"]
 
 STRICT = ConfigDict(extra="forbid")
@@ -87,6 +87,7 @@ class EmbeddingConfig:
     """How looked-up rows are pooled and updated."""
 
     pooling: Pooling = "sum"
+    """Of a bag's vectors; ``concat``: none, each is a feature of its own, and every bag holds the table's hotness."""
     tables: dict[Text, TableConfig] = Field(default_factory=dict)
     """Exceptions by table name."""
     optimizer: OptimizerConfig | None = None

@@ -68,7 +68,7 @@ class DenseModel:
     Args:
         model: layers and embedding dim.
         num_dense: N; 0: no bottom MLP, the top MLP gets the dots alone.
-        num_tables: T.
+        num_tables: T; a table whose keys are features of their own counts as so many.
         dtype: of activations and products: float32 or float64, on a GPU also float16 or bfloat16 (uint16, its bits).
             Parameters and their gradients are float32 where it is narrower.
         device: holds the arrays, runs the passes.

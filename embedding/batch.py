@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from dlrm.device import Array, Device
 from dlrm.errors import CommError, ConfigError, DataError
 from embedding.buffers import NO_OFFSETS
@@ -66,7 +68,8 @@ def check_batch(
         device: where the keys lie.
 
     Raises:
-        DataError: a key lies outside its table, or the bags are malformed.
+        DataError: a key lies outside its table, or bags are malformed or hold another number of keys than all have to;
+            names this rank where there are several.
         CommError: this rank's share is another one.
     """
     share = share_of(global_rows, comm.size, comm.rank)
@@ -86,15 +89,32 @@ def check_batch(
         raise DataError(f"batch: {len(keys.weights)} weights, but {len(keys.keys)} keys")
     offsets = NO_OFFSETS if keys.offsets is None else keys.offsets
     table, position = bad_key(keys.keys, offsets, rows, keys.num_rows, keys.one_hot, device=device)
+    here = f"rank {comm.rank}: " if comm.size > 1 else ""
     if table < 0:
+        _check_bag_keys(keys, specs, here)
         return
     spec = specs[table]
     if position < 0:
-        raise DataError(f"table '{spec.name}': the offsets of its bags do not fit {len(keys.keys)} keys")
+        raise DataError(f"{here}table '{spec.name}': the offsets of its bags do not fit {len(keys.keys)} keys")
     raise DataError(
-        f"table '{spec.name}': key {int(keys.keys[position])} lies outside its {spec.rows} rows "
+        f"{here}table '{spec.name}': key {int(keys.keys[position])} lies outside its {spec.rows} rows "
         f"(0 to {spec.rows - 1}); check the data set's manifest or the vocabulary"
     )
+
+
+def _check_bag_keys(keys: Jagged, specs: Sequence[TableSpec], here: str) -> None:
+    for table, spec in enumerate(specs):
+        if spec.bag_keys is None or (spec.bag_keys == 1 and keys.offsets is None):
+            continue
+        lengths = np.ones(keys.num_rows, np.int64)
+        if keys.offsets is not None:
+            lengths = np.diff(keys.offsets[table * keys.num_rows : (table + 1) * keys.num_rows + 1])
+        wrong = np.flatnonzero(lengths != spec.bag_keys)
+        if len(wrong):
+            raise DataError(
+                f"{here}table '{spec.name}': row {wrong[0]} of this rank's share of a batch holds {lengths[wrong[0]]} "
+                f"keys, but with pooling concat every row holds {spec.bag_keys}; use pooling sum or mean"
+            )
 
 
 def check_shares(told: Array, shares: Sequence[int], global_rows: int, rank: int) -> None:

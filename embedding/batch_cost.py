@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from embedding.all_reduce import part_multiple
 from embedding.cost import HEADER_BYTES, LENGTH_BYTES, ROW_HEADER_BYTES, ROWS, group_of
 from embedding.jagged import Jagged
-from embedding.placement import Placement, Plan, TableSpec, node_of_ranks
+from embedding.placement import Placement, Plan, node_of_ranks
 
 Bytes = NDArray[np.int64]
 _WEIGHT_BYTES = 4
@@ -41,16 +41,19 @@ def batch_bytes(
     if ranks > 1:
         jagged = any(batch.offsets is not None for batch in batches)
         weighted = any(batch.weights is not None for batch in batches)
-        groups = {group_of(placement) for placement in plan.placements if placement.kind != "replicated"}
-        sent["input_dist"] += sum(ROW_HEADER_BYTES if group == ROWS else HEADER_BYTES for group in groups)
-        id_bytes = 4 if sum(spec.rows for spec, _ in _row_tables(plan)) < 2**31 else 8
+        groups = [group_of(spec, placement) for spec, placement in zip(plan.specs, plan.placements, strict=True)]
+        active = {group for group, p in zip(groups, plan.placements, strict=True) if p.kind != "replicated"}
+        sent["input_dist"] += sum(ROW_HEADER_BYTES if parts == ROWS else HEADER_BYTES for parts, _ in active)
         for table, placement in enumerate(plan.placements):
             if placement.pooled:
                 _add_pooled(sent, plan, table, batches, width, jagged=jagged, weighted=weighted)
             else:
-                _add_rows(sent, plan, table, batches, width, id_bytes)
-        marks, gradients = _reduced(plan, batches, itemsize)
-        reduced = ring_bytes(marks, ranks) + ring_bytes(gradients, ranks)
+                rows = sum(s.rows for s, group in zip(plan.specs, groups, strict=True) if group == groups[table])
+                _add_rows(sent, plan, table, batches, width, 4 if rows < 2**31 else 8)
+        for kind in {group for group in groups if group[0] == ROWS}:
+            tables = [table for table, group in enumerate(groups) if group == kind]
+            marks, gradients = _reduced(plan, tables, batches, itemsize)
+            reduced += ring_bytes(marks, ranks) + ring_bytes(gradients, ranks)
     for matrix in sent.values():
         np.fill_diagonal(matrix, 0)
     return {**sent, "grad_dist": sent["output_dist"].T.copy(), "all_reduce": np.full(ranks, reduced)}
@@ -75,10 +78,10 @@ def _add_pooled(
     owners = placement.owners or (placement.owner,)
     for rank, batch in enumerate(batches):
         keys = len(keys_of(batch, table)) * (batch.keys.itemsize + _WEIGHT_BYTES * weighted)
-        keys += LENGTH_BYTES * batch.num_rows * jagged
+        keys += LENGTH_BYTES * batch.num_rows * (jagged and spec.bag_keys is None)
         for owner in owners:
             sent["input_dist"][rank, owner] += keys
-            sent["output_dist"][owner, rank] += batch.num_rows * (spec.dim // len(owners)) * width
+            sent["output_dist"][owner, rank] += batch.num_rows * spec.num_vectors * (spec.dim // len(owners)) * width
 
 
 def _add_rows(
@@ -90,21 +93,17 @@ def _add_rows(
         sent["output_dist"][:, rank] += rows * plan.specs[table].dim * width
 
 
-def _reduced(plan: Plan, batches: Sequence[Jagged], itemsize: int) -> tuple[int, int]:
-    """Bytes of the two all-reduces of replicated rows: marks of all, gradients of those that any rank touched."""
+def _reduced(plan: Plan, tables: Sequence[int], batches: Sequence[Jagged], itemsize: int) -> tuple[int, int]:
+    """Bytes of a group's two all-reduces of replicated rows: marks of all, gradients of those that any rank touched."""
     marks = gradients = 0
-    for table, (spec, placement) in enumerate(zip(plan.specs, plan.placements, strict=True)):
+    for table in tables:
+        spec, placement = plan.specs[table], plan.placements[table]
         if placement.threshold:
             touched = np.unique(np.concatenate([keys_of(batch, table) for batch in batches]))
             marks += placement.threshold
             gradients += int(np.searchsorted(touched, placement.threshold)) * spec.dim
     multiple = part_multiple(node_of_ranks(plan.ranks, plan.nodes))
     return marks, -(-gradients // multiple) * multiple * itemsize
-
-
-def _row_tables(plan: Plan) -> list[tuple[TableSpec, Placement]]:
-    pairs = zip(plan.specs, plan.placements, strict=True)
-    return [(spec, placement) for spec, placement in pairs if not placement.pooled]
 
 
 def keys_of(batch: Jagged, table: int) -> NDArray[np.int64]:

@@ -76,6 +76,7 @@ class TableWiseEmbedding:
         parts: Sequence[Part] | None = None,
         places: Sequence[int] | None = None,
         num_places: int | None = None,
+        bags_per_row: int = 1,
     ) -> None:
         """Allocate and initialise this rank's tables.
 
@@ -92,6 +93,7 @@ class TableWiseEmbedding:
             parts: what each of ``specs`` is a column part of; ``None``: whole tables.
             places: place of each table in ``vectors``; ``None``: one after the other from ``first``.
             num_places: F; ``None``: ``first + T``.
+            bags_per_row: bags that a row of the batch has in each table.
 
         Raises:
             ConfigError: the plan is for other tables or ranks, or dims differ.
@@ -104,7 +106,7 @@ class TableWiseEmbedding:
         if len({spec.dim for spec in specs}) > 1:
             raise ConfigError(f"tables: dims {sorted({spec.dim for spec in specs})} differ; give all tables one dim")
         self.specs = tuple(specs)
-        self._comm = comm
+        self._comm, self._bags_per_row = comm, bags_per_row
         self._device = device
         self._optimizer = optimizer
         self._dtype = np.dtype(dtype)
@@ -123,7 +125,7 @@ class TableWiseEmbedding:
         self._place = where[own] if single else np.arange(len(own), dtype=np.int64)
         wire = Wire(exchange_precision, self._dtype, device)
         owned_by = [plan.tables_of(rank) for rank in range(comm.size)]
-        self._exchange = None if single else Exchange(owned_by, comm, device, where, wire)
+        self._exchange = None if single else Exchange(owned_by, comm, device, where, wire, bags_per_row)
         self._scratch = UpdateScratch.create(len(self._store.weight))
 
     @property
@@ -192,7 +194,7 @@ class TableWiseEmbedding:
             buffers.sent["input_dist"] = 0
             return
         buffers.owned = self._exchange.input_dist(keys, buffers)
-        needed = global_rows * len(self._own)
+        needed = global_rows * self._bags_per_row * len(self._own)
         if buffers.owner_rows is None or len(buffers.owner_rows) < needed:
             buffers.owner_rows = self._device.empty((needed, self._dim), self._dtype)
 
@@ -279,8 +281,8 @@ class TableWiseEmbedding:
         if self._exchange is None:
             return bound
         rows = _given(buffers.owner_rows)
-        own = len(self._own)
-        return rows[: buffers.global_rows * own].reshape(buffers.global_rows, own, self._dim)
+        own, bags = len(self._own), buffers.global_rows * self._bags_per_row
+        return rows[: bags * own].reshape(bags, own, self._dim)
 
 
 def _given(value: Any) -> Any:

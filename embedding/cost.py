@@ -30,7 +30,7 @@ ROW_HEADER_BYTES = 24
 _REDUCES = 2
 """All-reduces of replicated rows: which were touched, then their gradients."""
 ROWS = 0
-"""The group of tables whose rows travel; pooled ones go in groups by their number of column parts."""
+"""A group's number of column parts where rows travel, not pooled vectors."""
 _PASSES = 3
 """Times that a row's bytes move where it is looked up and updated: read, gradient read, written."""
 _RELAY_PASSES = 4
@@ -125,9 +125,10 @@ class TableDemand:
         return self._pooled(placement) if placement.pooled else self._rows(placement)
 
     def _pooled(self, placement: Placement) -> TableCost:
-        work, rows = self._work, self._work.share
+        work, rows = self._work, self._work.share * self.spec.num_vectors
         parts = len(placement.owners) or 1
-        keys = self._draws * (work.key_itemsize + 4 * work.weighted) + LENGTH_BYTES * rows * work.jagged
+        keys = self._draws * (work.key_itemsize + 4 * work.weighted)
+        keys += LENGTH_BYTES * rows * (work.jagged and self.spec.bag_keys is None)
         return TableCost(
             keys=parts * keys,
             vectors=rows * self.spec.dim * work.exchange_itemsize,
@@ -210,9 +211,14 @@ class StepCost:
         return sum(self.seconds.values())
 
 
-def group_of(placement: Placement) -> int:
-    """Tables of one group share their messages: ``ROWS``, or the column parts of a pooled table."""
-    return (len(placement.owners) or 1) if placement.pooled else ROWS
+def group_of(spec: TableSpec, placement: Placement) -> tuple[int, int]:
+    """Tables of one group share their messages.
+
+    Returns:
+        ``ROWS``, or the column parts of a pooled table; and the keys of every bag where these are features of their
+        own (``TableSpec.bag_keys``), else 0.
+    """
+    return (len(placement.owners) or 1) if placement.pooled else ROWS, spec.bag_keys or 0
 
 
 class GroupLoad:
@@ -236,6 +242,7 @@ class GroupLoad:
 
 
 def step_cost(
+    specs: Sequence[TableSpec],
     placements: Sequence[Placement],
     costs: Sequence[TableCost],
     workload: Workload,
@@ -245,6 +252,7 @@ def step_cost(
     """Put the tables of a plan together: tables of one exchange share its messages, its slowest rank decides.
 
     Args:
+        specs: the tables.
         placements: of each table, owners decided.
         costs: of each table under it.
         workload: of the step.
@@ -253,30 +261,33 @@ def step_cost(
     """
     ranks = workload.ranks
     shape = Shape(ranks, workload.nodes)
-    groups: dict[int, GroupLoad] = {}
-    owner_s, asker_s, reduce = np.zeros(ranks), 0.0, 0.0
+    groups: dict[tuple[int, int], GroupLoad] = {}
+    reduced: dict[tuple[int, int], float] = {}
+    owner_s, asker_s = np.zeros(ranks), 0.0
     beside = {"vectors": 0.0, "gradients": 0.0}
-    for placement, cost in zip(placements, costs, strict=True):
-        share = owner_shares(placement, ranks)
+    for spec, placement, cost in zip(specs, placements, costs, strict=True):
+        share, group = owner_shares(placement, ranks), group_of(spec, placement)
         if placement.kind != "replicated":
-            groups.setdefault(group_of(placement), GroupLoad(ranks)).add(share, cost)
+            groups.setdefault(group, GroupLoad(ranks)).add(share, cost)
+        reduced[group] = reduced.get(group, 0.0) + cost.reduce
         owner_s += share * cost.owner_s
         asker_s += cost.asker_s
-        reduce += cost.reduce
         beside["vectors"] += cost.beside_vectors_s
         beside["gradients"] += cost.beside_gradients_s
     seconds = dict.fromkeys(("keys", "vectors", "gradients", "all_reduce"), 0.0)
     inside, across = dict(seconds), dict(seconds)
     messages = 0
     if ranks > 1:
-        for group, load in groups.items():
-            mode = all_to_all if group == ROWS else "flat"  # pooled vectors travel flat
+        for (parts, bag_keys), load in groups.items():
+            mode = all_to_all if parts == ROWS else "flat"  # pooled vectors travel flat
             # Gradients that were rounded on the way cannot be summed there.
             exact = workload.exchange_itemsize == workload.itemsize
             summed = load.node if mode == "hierarchical" and shape.nodes > 1 and exact else None
-            header = ROW_HEADER_BYTES if group == ROWS else HEADER_BYTES
+            header, started = ROW_HEADER_BYTES, 2
+            if parts != ROWS:
+                header, started = HEADER_BYTES, 2 + (workload.jagged and not bag_keys) + workload.weighted
             phases = (
-                ("keys", load.keys + header, 2 + (group != ROWS) * (workload.jagged + workload.weighted), None),
+                ("keys", load.keys + header, started, None),
                 ("vectors", load.vectors, 1, None),
                 ("gradients", load.vectors, 1, summed),
             )
@@ -292,9 +303,11 @@ def step_cost(
                 ids = shape.across_bytes(load.keys) / ranks / workload.id_itemsize
                 rates = links.work
                 asker_s += _RELAY_PASSES * relayed / rates.rows_bytes_per_s + ids * rates.deduplicate_s
-        if reduce:
-            seconds["all_reduce"] = shape.reduce_seconds(reduce, links, count=_REDUCES)
-            inside["all_reduce"], across["all_reduce"] = shape.reduce_bytes(reduce)
+        for reduce in filter(None, reduced.values()):
+            seconds["all_reduce"] += shape.reduce_seconds(reduce, links, count=_REDUCES)
+            near, far = shape.reduce_bytes(reduce)
+            inside["all_reduce"] += near
+            across["all_reduce"] += far
     seconds["work"] = asker_s + float(owner_s.max()) + sum(max(0.0, s - seconds[name]) for name, s in beside.items())
     return StepCost(inside=inside, across=across, messages_across=messages, seconds=seconds)
 

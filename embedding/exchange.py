@@ -22,7 +22,7 @@ from embedding.batch import check_shares
 from embedding.buffers import BatchBuffers, Finish
 from embedding.comm import Comm
 from embedding.jagged import Jagged
-from embedding.topology import share_of, start_of
+from embedding.topology import share_of
 from embedding.wire import Wire
 
 _HEADER = 5
@@ -48,7 +48,13 @@ class Exchange:
     """The three exchanges of table-wise placement over one ``Comm``."""
 
     def __init__(
-        self, owned_by: Sequence[Sequence[int]], comm: Comm, device: Device, places: Array, wire: Wire
+        self,
+        owned_by: Sequence[Sequence[int]],
+        comm: Comm,
+        device: Device,
+        places: Array,
+        wire: Wire,
+        bags_per_row: int = 1,
     ) -> None:
         """Lay out the index arithmetic that does not depend on the batch.
 
@@ -58,10 +64,12 @@ class Exchange:
             device: where the arrays lie.
             places: [T] int64, place of each table in ``vectors``.
             wire: how vectors and gradients travel.
+            bags_per_row: bags that a row of the batch has in each table.
         """
         self._comm = comm
         self._device = device
         self._wire = wire
+        self._bags_per_row = bags_per_row
         self._order = np.array([table for tables in owned_by for table in tables], np.int64)
         self._owned = np.array([len(tables) for tables in owned_by], np.int64)
         before = np.cumsum(self._owned) - self._owned
@@ -84,7 +92,7 @@ class Exchange:
             CommError: the ranks disagree about the batch.
         """
         comm, rows = self._comm, keys.num_rows
-        shares = [share_of(buffers.global_rows, comm.size, rank) for rank in range(comm.size)]
+        shares = self._shares(buffers)
         starts = keys.offsets[::rows] if keys.offsets is not None and rows else np.arange(keys.num_tables + 1) * rows
         key_counts = np.diff(starts)[: keys.num_tables]
         to_owner = np.array([int(part.sum()) for part in self._by_owner(key_counts[self._order])], np.int64)
@@ -92,8 +100,8 @@ class Exchange:
         jagged, weighted = bool(header[:, 0].any()), bool(header[:, 1].any())
         offsets = self._swap_lengths(keys, buffers, shares) if jagged else None
         mine = np.array(shares, np.int64)[:, None]  # keys of (rank, own table)
-        target = np.array([start_of(buffers.global_rows, comm.size, rank) for rank in range(comm.size)])[:, None]
-        target = target + np.arange(self._mine) * buffers.global_rows
+        bags = buffers.global_rows * self._bags_per_row
+        target = np.cumsum(mine, axis=0) - mine + np.arange(self._mine) * bags
         lengths = np.broadcast_to(mine, (comm.size, self._mine))
         if offsets is not None:
             lengths = offsets[target + mine] - offsets[target]
@@ -103,7 +111,7 @@ class Exchange:
         if weighted:
             own = np.ones(len(keys.keys), np.float32) if keys.weights is None else keys.weights
             weights = self._send("weights", own, route, buffers)
-        return Jagged(self._send("keys", keys.keys, route, buffers), offsets, weights, self._mine, buffers.global_rows)
+        return Jagged(self._send("keys", keys.keys, route, buffers), offsets, weights, self._mine, bags)
 
     def output_dist(self, buffers: EmbeddingBuffers) -> Finish:
         """Start to send pooled vectors, ``owner_rows``, to the ranks whose rows they are; the end puts them into
@@ -133,7 +141,7 @@ class Exchange:
         assert buffers.owner_rows is not None
         assert buffers.rank_rows is not None
         dim = buffers.rank_rows.shape[1]
-        at_owner = [share_of(buffers.global_rows, comm.size, rank) * self._mine for rank in range(comm.size)]
+        at_owner = [share * self._mine for share in self._shares(buffers)]
         at_rank = [buffers.num_rows * int(owned) for owned in self._owned]
         send, sent = (buffers.rank_rows, at_rank) if to_owners else (buffers.owner_rows, at_owner)
         recv, received = (buffers.owner_rows, at_owner) if to_owners else (buffers.rank_rows, at_rank)
@@ -152,6 +160,11 @@ class Exchange:
 
         return widen
 
+    def _shares(self, buffers: EmbeddingBuffers) -> list[int]:
+        """Bags of each rank in a table; the ranks' bags follow each other in their order."""
+        size, total = self._comm.size, buffers.global_rows
+        return [share_of(total, size, rank) * self._bags_per_row for rank in range(size)]
+
     def _by_owner(self, values: Array) -> list[Array]:
         return np.split(values, np.cumsum(self._owned)[:-1])
 
@@ -159,26 +172,26 @@ class Exchange:
         return (int(sum(counts)) - int(counts[self._comm.rank])) * itemsize
 
     def _swap_headers(self, keys: Jagged, to_owner: Array, buffers: EmbeddingBuffers, shares: Sequence[int]) -> Array:
-        size = self._comm.size
+        size, bags = self._comm.size, self._bags_per_row
         header = np.empty((size, _HEADER), np.int64)
-        header[:, :4] = keys.offsets is not None, keys.weights is not None, keys.num_rows, buffers.global_rows
+        header[:, :4] = keys.offsets is not None, keys.weights is not None, keys.num_rows // bags, buffers.global_rows
         header[:, 4] = to_owner
         others = np.empty_like(header)
         self._comm.all_to_all(header, others).wait()
         buffers.sent["input_dist"] = self._bytes([1] * size, _HEADER * 8)
-        check_shares(others[:, 2:4], shares, buffers.global_rows, self._comm.rank)
+        check_shares(others[:, 2:4], [share // bags for share in shares], buffers.global_rows, self._comm.rank)
         return others
 
     def _swap_lengths(self, keys: Jagged, buffers: EmbeddingBuffers, shares: Sequence[int]) -> Array:
         """Send the lengths of bags to the owners; returns the offsets [O * G + 1] of the global batch's bags."""
-        rows, total = keys.num_rows, buffers.global_rows
+        rows, total = keys.num_rows, buffers.global_rows * self._bags_per_row
         own = buffers.room("lengths_own", np.int32, keys.num_tables * rows)
         if keys.offsets is None:
             own.fill(1)
         else:
             np.subtract(keys.offsets[1:], keys.offsets[:-1], out=own, casting="unsafe")
         each = np.array(shares, np.int64)[:, None]
-        first = np.array([start_of(total, len(shares), rank) for rank in range(len(shares))])[:, None]
+        first = np.cumsum(each, axis=0) - each
         lengths = np.broadcast_to(each, (len(shares), self._mine))
         target = first + np.arange(self._mine) * total
         route = _Route(

@@ -6,6 +6,8 @@ The steps of a batch are those of ``collection.py``. Tables go in groups, by wha
   ``vectors`` seen as ``[B, F * parts, D / parts]`` (``collection.TableWiseEmbedding``);
 - rows: everything else (``row_group.RowGroup``).
 
+Tables whose vectors are features of their own (``concat.ConcatGroup``) are apart from the others, by the keys of a bag.
+
 A single rank holds everything, and nothing travels.
 
 Shapes: T tables, B rows of this rank, G rows of the global batch, F = first + T places, D columns.
@@ -14,8 +16,8 @@ Shapes: T tables, B rows of this rank, G rows of the global batch, F = first + T
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -25,72 +27,18 @@ from dlrm.errors import ConfigError
 from embedding.all_reduce import all_reduce_of
 from embedding.all_to_all import AllToAll, Flat
 from embedding.batch import check_arrays, check_batch, check_trains
-from embedding.buffers import BatchBuffers, Finish
+from embedding.buffers import BatchBuffers
 from embedding.collection import TableWiseEmbedding
 from embedding.comm import Comm
-from embedding.exchange import copy_pieces
+from embedding.concat import ConcatGroup
+from embedding.cost import ROWS, group_of
+from embedding.groups import Group, Owners, select_tables
 from embedding.jagged import Jagged
-from embedding.placement import Placement, Plan, TableSpec
+from embedding.placement import Placement, Plan, TableSpec, places_of
 from embedding.row_group import RowGroup, given
 from embedding.table import Part, Shard
 from embedding.topology import Topology
 from embedding.wire import Precision, Wire
-
-
-class Group(Protocol):
-    """Tables that travel in the same way."""
-
-    def shards(self) -> list[Shard]:
-        """What this rank holds."""
-
-    def settle(self) -> None:
-        """See ``HybridEmbedding``."""
-
-    def spread(self) -> None:
-        """See ``HybridEmbedding``."""
-
-    def track_touched(self) -> None:
-        """See ``HybridEmbedding``."""
-
-    def clear_touched(self) -> None:
-        """See ``HybridEmbedding``."""
-
-    def buffers(self, capacity: int, vectors: Array, grad_vectors: Array | None = None) -> Any:
-        """Room for one batch in flight."""
-
-    def distribute(self, keys: Jagged, buffers: Any, global_rows: int) -> None:
-        """``input_dist`` of the group's keys."""
-
-    def lookup(self, buffers: Any) -> None:
-        """See ``HybridEmbedding``, as for what follows."""
-
-    def start_output_dist(self, buffers: Any) -> Finish:
-        """Starts ``output_dist``; what is returned ends it."""
-
-    def start_grad_dist(self, buffers: Any) -> Finish:
-        """Starts ``grad_dist``; what is returned ends it."""
-
-    def sparse_update(self, buffers: Any, lr: float, step: int) -> None:
-        """Updates what the global batch touched."""
-
-
-@dataclass(frozen=True, slots=True)
-class Owners:
-    """Tables that each lie whole on one rank.
-
-    Attributes:
-        specs: the tables.
-        owners: the rank of each.
-        ranks: W.
-    """
-
-    specs: tuple[TableSpec, ...]
-    owners: tuple[int, ...]
-    ranks: int
-
-    def tables_of(self, rank: int) -> list[int]:
-        """Numbers of the tables that ``rank`` owns."""
-        return [table for table, owner in enumerate(self.owners) if owner == rank]
 
 
 @dataclass(slots=True)
@@ -165,37 +113,54 @@ class HybridEmbedding:
         self.specs = tuple(specs)
         self._comm, self._device, self._dtype = comm, device, np.dtype(dtype)
         self._dim = specs[0].dim if specs else 1
-        self._first = first
+        self._places, self._num_places = places_of(specs, first)
         self._rows = np.array([spec.rows for spec in specs], np.int64)
-        wire = Wire(exchange_precision, self._dtype, device)
         common: dict[str, Any] = {"comm": comm, "device": device, "optimizer": optimizer, "seed": seed}
-        whole = dict(common, dtype=self._dtype, exchange_precision=exchange_precision)
+        pooled = {"dtype": self._dtype, "exchange_precision": exchange_precision}
+        travelling = {
+            "all_to_all": Flat(comm) if all_to_all is None else all_to_all,
+            "wire": Wire(exchange_precision, self._dtype, device),
+            "reduce_start_bytes": reduce_start_bytes,
+            "all_reduce": all_reduce_of(comm, topology),
+            "lists": lists,
+        }
+        by_kind: dict[tuple[int, int], list[int]] = {}
+        for table, (spec, placement) in enumerate(zip(self.specs, plan.placements, strict=True)):
+            parts, bag_keys = group_of(spec, placement)
+            by_kind.setdefault((parts if comm.size > 1 else 1, bag_keys), []).append(table)
         self._groups: list[tuple[list[int], int, Group]] = []  # tables, column parts, group
-        pooled: dict[int, list[int]] = {}
-        travelling = []
-        for table, placement in enumerate(plan.placements):
-            if comm.size == 1 or placement.pooled:
-                pooled.setdefault(_parts(placement, comm.size), []).append(table)
-            else:
-                travelling.append(table)
-        if travelling:
-            group = RowGroup(
-                specs=[self.specs[table] for table in travelling],
-                placements=[plan.placements[table] for table in travelling],
-                places=[first + table for table in travelling],
-                all_to_all=Flat(comm) if all_to_all is None else all_to_all,
-                wire=wire,
-                reduce_start_bytes=reduce_start_bytes,
-                all_reduce=all_reduce_of(comm, topology),
-                lists=lists,
-                **common,
-            )
-            self._groups.append((travelling, 1, group))
-        for parts, tables in sorted(pooled.items()):
-            repeated = [table for table in tables for _ in range(parts)]
-            self._groups.append((repeated, parts, self._pooled_group(tables, parts, plan, whole)))
+        for (parts, bag_keys), tables in sorted(by_kind.items()):
+            own = common | (travelling if parts == ROWS else pooled) | {"bags_per_row": bag_keys or 1}
+            group = self._make_group(tables, parts, bag_keys, plan, own)
+            columns = max(1, parts)
+            self._groups.append(([table for table in tables for _ in range(columns)], columns, group))
 
-    def _pooled_group(self, tables: list[int], parts: int, plan: Plan, common: dict[str, Any]) -> TableWiseEmbedding:
+    def _make_group(self, tables: list[int], parts: int, bag_keys: int, plan: Plan, common: dict[str, Any]) -> Group:
+        """A group of tables of one kind (``group_of``)."""
+        if bag_keys:  # the group has vectors of its own, table after table
+            places, num_places = list(range(len(tables))), len(tables)
+        else:
+            places, num_places = [self._places[table] for table in tables], self._num_places
+        group: Group
+        if parts == ROWS:
+            specs, placements = [self.specs[t] for t in tables], [plan.placements[t] for t in tables]
+            group = RowGroup(specs=specs, placements=placements, places=places, **common)
+        else:
+            places = [place * parts + i for place in places for i in range(parts)]
+            group = self._pooled_group(tables, parts, plan, places=places, num_places=num_places * parts, **common)
+        if not bag_keys:
+            return group
+        columns = max(1, parts)
+        targets = [
+            (self._places[table] + key) * columns + i
+            for key in range(bag_keys)
+            for table in tables
+            for i in range(columns)
+        ]
+        dim = self._dim // columns
+        return ConcatGroup(group, bag_keys=bag_keys, places=targets, dim=dim, dtype=self._dtype, device=self._device)
+
+    def _pooled_group(self, tables: list[int], parts: int, plan: Plan, **arguments: Any) -> TableWiseEmbedding:
         """Tables, or ``parts`` column parts of each, that lie whole on their owners."""
         width = self._dim // parts
         pieces = [
@@ -203,16 +168,7 @@ class HybridEmbedding:
             for table in tables
             for i in range(parts)
         ]
-        specs = tuple(
-            TableSpec(
-                name=piece.spec.name,
-                rows=piece.spec.rows,
-                dim=width,
-                hotness=piece.spec.hotness,
-                pooling=piece.spec.pooling,
-            )
-            for piece in pieces
-        )
+        specs = tuple(replace(piece.spec, dim=width) for piece in pieces)
         owners: list[int] = []
         for table in tables:
             placement = plan.placements[table]
@@ -220,14 +176,7 @@ class HybridEmbedding:
                 owners.append(0)
             else:
                 owners.extend(placement.owners if placement.kind == "column_wise" else [placement.owner])
-        return TableWiseEmbedding(
-            specs=specs,
-            plan=Owners(specs, tuple(owners), plan.ranks),
-            parts=pieces,
-            places=[(self._first + table) * parts + i for table in tables for i in range(parts)],
-            num_places=(self._first + len(self.specs)) * parts,
-            **common,
-        )
+        return TableWiseEmbedding(specs=specs, plan=Owners(specs, tuple(owners), plan.ranks), parts=pieces, **arguments)
 
     def shards(self) -> list[Shard]:
         """What this rank holds, in manifest order; of one table, replicated rows first.
@@ -269,7 +218,7 @@ class HybridEmbedding:
         Raises:
             ConfigError: an array has another shape, dtype or layout.
         """
-        check_arrays(vectors, grad_vectors, capacity, (self._first + len(self.specs), self._dim), self._dtype)
+        check_arrays(vectors, grad_vectors, capacity, (self._num_places, self._dim), self._dtype)
         buffers = HybridBuffers(capacity, vectors, grad_vectors)
         for _, parts, group in self._groups:
             views = [
@@ -361,40 +310,3 @@ def check_columns(specs: Sequence[TableSpec], placements: Sequence[Placement], o
                 f"table '{spec.name}': column_wise does not go with rowwise_adagrad, as no column owner sees a whole "
                 "row's gradient; take adagrad or another placement"
             )
-
-
-def select_tables(keys: Jagged, tables: Sequence[int], buffers: BatchBuffers, *, device: Device) -> Jagged:
-    """The keys of some tables, in that order; a table may come several times.
-
-    Args:
-        keys: of all tables.
-        tables: numbers of those to take; all of them give ``keys`` as they are.
-        buffers: what the copies belong to.
-        device: where the keys lie.
-    """
-    if list(tables) == list(range(keys.num_tables)):
-        return keys
-    rows = keys.num_rows
-    chosen = np.array(tables, np.int64)
-    if keys.offsets is None:
-        starts, counts, offsets = chosen * rows, np.full(len(chosen), rows), None
-    else:
-        lengths = np.diff(keys.offsets).reshape(keys.num_tables, rows)[chosen]
-        starts, counts = keys.offsets[chosen * rows], lengths.sum(axis=1)
-        offsets = buffers.room("chosen_offsets", np.int64, len(chosen) * rows + 1)
-        offsets[0] = 0
-        np.cumsum(lengths, out=offsets[1:])
-    targets = np.cumsum(counts) - counts
-    copies: list[Array | None] = []
-    for name, source in (("chosen_keys", keys.keys), ("chosen_weights", keys.weights)):
-        if source is None:
-            copies.append(None)
-            continue
-        out = buffers.room(name, source.dtype, int(counts.sum()))
-        copy_pieces(source, starts, out, targets, counts, device=device)
-        copies.append(out)
-    return Jagged(copies[0], offsets, copies[1], len(chosen), rows)
-
-
-def _parts(placement: Placement, ranks: int) -> int:
-    return len(placement.owners) if placement.kind == "column_wise" and ranks > 1 else 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from dlrm.errors import ConfigError
 
-Pooling = Literal["sum", "mean"]
+Pooling = Literal["sum", "mean", "concat"]
 Kind = Literal["replicated", "table_wise", "row_wise", "column_wise", "hybrid"]
 AllToAll = Literal["flat", "hierarchical"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -28,8 +29,9 @@ class TableSpec:
         name: the feature's name in the manifest.
         rows: categories.
         dim: columns, D.
-        hotness: most (or mean) keys a bag holds; only the balance of the plan depends on it.
-        pooling: ``sum`` or ``mean`` over the keys of a bag.
+        hotness: most (or mean) keys a bag holds; only the balance of the plan depends on it, but for ``concat``: there
+            every bag holds so many.
+        pooling: ``sum`` or ``mean`` over the keys of a bag, or ``concat``: each key's vector is a feature of its own.
     """
 
     name: str
@@ -42,19 +44,47 @@ class TableSpec:
         """Check the ranges.
 
         Raises:
-            ConfigError: a size is not positive, or the pooling is unknown.
+            ConfigError: a size is not positive, the pooling is unknown, or ``concat`` has no whole hotness.
         """
         if self.rows < 1 or self.dim < 1 or not self.hotness > 0:
             raise ConfigError(
                 f"table '{self.name}': rows {self.rows}, dim {self.dim}, hotness {self.hotness}; each must be above 0"
             )
-        if self.pooling not in ("sum", "mean"):
-            raise ConfigError(f"table '{self.name}': pooling {self.pooling!r} is neither 'sum' nor 'mean'")
+        if self.pooling not in get_args(Pooling):
+            raise ConfigError(
+                f"table '{self.name}': pooling {self.pooling!r} is none of {', '.join(get_args(Pooling))}"
+            )
+        if self.pooling == "concat" and self.hotness != int(self.hotness):
+            raise ConfigError(
+                f"table '{self.name}': hotness {self.hotness} with pooling concat, whose bags hold one whole number of "
+                "keys; use sum or mean"
+            )
 
     @property
     def lookup_cost(self) -> float:
         """Numbers read per row of the batch: dim * hotness."""
         return self.dim * self.hotness
+
+    @property
+    def bag_keys(self) -> int | None:
+        """Keys that every bag holds (``concat``); ``None``: bags may differ."""
+        return int(self.hotness) if self.pooling == "concat" else None
+
+    @property
+    def num_vectors(self) -> int:
+        """Vectors that a row of the batch gets: one, but for ``concat``."""
+        return self.bag_keys or 1
+
+
+def places_of(specs: Sequence[TableSpec], first: int) -> tuple[list[int], int]:
+    """Where each table's (first) vector lies among a row's vectors, and how many vectors there are.
+
+    Args:
+        specs: the tables, in manifest order.
+        first: place of table 0: 1 behind a bottom MLP's output, else 0.
+    """
+    *places, total = itertools.accumulate((spec.num_vectors for spec in specs), initial=first)
+    return places, total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -320,8 +320,8 @@ def _frequency(spec: TableSpec, given: Mapping[str, Frequency | np.ndarray[Any, 
 def _predicted(best: Candidate, workload: Workload, links: LinkRates, seconds: Mapping[str, float]) -> Plan:
     plan = best.plan
     predictions = []
-    for placement, option in zip(plan.placements, best.options, strict=True):
-        alone: StepCost = step_cost([placement], [option.cost], workload, links, plan.all_to_all)
+    for spec, placement, option in zip(plan.specs, plan.placements, best.options, strict=True):
+        alone: StepCost = step_cost([spec], [placement], [option.cost], workload, links, plan.all_to_all)
         predictions.append(
             Prediction(
                 frequent_share=option.cost.frequent_share,

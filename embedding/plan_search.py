@@ -154,7 +154,10 @@ class Search:
             plan = self._owned(options, by_size=by_size)
             if self._fits(plan):
                 costs = [option.cost for option in options]
-                steps = {mode: step_cost(plan.placements, costs, self.workload, self.links, mode) for mode in modes}
+                steps = {
+                    mode: step_cost(self.specs, plan.placements, costs, self.workload, self.links, mode)
+                    for mode in modes
+                }
                 mode = min(modes, key=lambda name: steps[name].total_s)
                 return Candidate(replace(plan, all_to_all=mode), options, steps[mode])
         return None

@@ -23,7 +23,7 @@ from embedding.all_to_all import Flat, Hierarchical
 from embedding.comm import Comm, broadcast_bytes
 from embedding.hybrid import HybridEmbedding
 from embedding.jagged import Jagged
-from embedding.placement import Plan, plan_from_values
+from embedding.placement import Plan, places_of, plan_from_values
 from embedding.topology import Topology
 from embedding.wire import Precision
 
@@ -115,7 +115,7 @@ class Trial:
             lists=self.lists_of(plan),
         )
         capacity = max(keys.num_rows for keys, _ in self.batches)
-        shape = (capacity, self.first + len(plan.specs), plan.specs[0].dim)
+        shape = (capacity, places_of(plan.specs, self.first)[1], plan.specs[0].dim)
         vectors, gradients = (np.full(shape, value, self.dtype) for value in (0.0, 1e-3))
         buffers = embedding.buffers(capacity, vectors, gradients)
         # The first round compiles, allocates, and gives the rows memory of their own.

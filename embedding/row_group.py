@@ -69,6 +69,7 @@ class RowGroup:
         reduce_start_bytes: float = 0.0,
         all_reduce: AllReduce | None = None,
         lists: Mapping[str, Array] | None = None,
+        bags_per_row: int = 1,
     ) -> None:
         """Allocate and initialise what this rank holds; collective where frequent rows are listed.
 
@@ -85,12 +86,13 @@ class RowGroup:
             reduce_start_bytes: see ``HybridEmbedding``.
             all_reduce: what sums the replicated rows' gradients; ``None``: in one step.
             lists: see ``HybridEmbedding``.
+            bags_per_row: bags of each table that a row of the batch has.
 
         Raises:
             ConfigError: a listed table has no list that fits.
         """
         self._comm, self._all_to_all, self._device, self._wire = comm, all_to_all, device, wire
-        self._optimizer, self._dtype, self._dim = optimizer, wire.dtype, specs[0].dim
+        self._optimizer, self._bags_per_row, self._dtype, self._dim = optimizer, bags_per_row, wire.dtype, specs[0].dim
         self._place = np.array(places, np.int64)
         self._mean = np.array([spec.pooling == "mean" for spec in specs], np.bool_)
         columns = range(self._dim)
@@ -115,8 +117,7 @@ class RowGroup:
             Part(spec, rows_of(spec, placement, comm.size, comm.rank), columns)
             for spec, placement in zip(specs, placements, strict=True)
         ]
-        common: dict[str, Any] = {"device": device, "optimizer": optimizer, "dtype": self._dtype, "seed": seed}
-        self._store = create_shards(owned, self._dim, **common)
+        self._store = create_shards(owned, self._dim, device=device, optimizer=optimizer, dtype=self._dtype, seed=seed)
         self._scratch = UpdateScratch.create(len(self._store.weight))
         self._travels = any(placement.threshold < spec.rows for spec, placement in zip(specs, placements, strict=True))
         self._slot_dtype = np.int32 if self._layout.frequent < _MOST_SLOTS else np.int64
@@ -200,7 +201,7 @@ class RowGroup:
             buffers.touched = touched()
 
     def _ask(self, wanted: Array, buffers: RowBuffers) -> None:
-        size, rows, total = self._comm.size, buffers.num_rows, buffers.global_rows
+        size, rows, total = self._comm.size, buffers.num_rows // self._bags_per_row, buffers.global_rows
         route = RowRoute(self._all_to_all, wanted, buffers.asked, self._device, note=(rows, total))
         check_shares(route.notes, [share_of(total, size, rank) for rank in range(size)], total, self._comm.rank)
         buffers.route, buffers.ids = route, route.ids

@@ -16,7 +16,7 @@ from dlrm.optim import DenseOptimizer
 from embedding.all_to_all import Flat, Hierarchical
 from embedding.comm import Comm
 from embedding.hybrid import HybridEmbedding
-from embedding.placement import Plan
+from embedding.placement import Plan, places_of
 from embedding.topology import Topology, discover
 from pipeline.checkpoint import Checkpoint, check_compatible
 from pipeline.checkpoint_shards import pieces_of_shards, read_shards
@@ -24,6 +24,7 @@ from pipeline.dataset import Dataset, load_dataset
 from pipeline.frequency_orders import FrequentLists, list_name
 from pipeline.overlap import Schedule, choose, no_gain_on_host
 from pipeline.plan_agreement import agree_plan
+from pipeline.planning import table_specs
 from pipeline.stages import Stages
 from pipeline.weights import check_weights, load_weights
 
@@ -145,7 +146,7 @@ def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved: Checkpoi
     model = DenseModel(
         model=config.model,
         num_dense=dataset.num_dense,
-        num_tables=len(dataset.tables),
+        num_tables=places_of(table_specs(config, dataset.tables), 0)[1],
         dtype=dtype,
         device=device,
         seed=config.seed,

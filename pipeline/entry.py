@@ -92,7 +92,7 @@ def _report(sentence: str, kind: str, code: int, process: Process | None, *, deb
         time.sleep(0.5)
     if debug:
         traceback.print_exc()
-    where = f"rank {rank}: " if rank else ""
+    where = f"rank {rank}: " if rank and not sentence.startswith(f"rank {rank}: ") else ""
     print(f"error: {where}{sentence}", file=sys.stderr, flush=True)
     if process and process.run_directory and process.run_directory.is_dir():
         with contextlib.suppress(OSError):

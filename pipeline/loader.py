@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dlrm.errors import DataError
 from embedding.jagged import Jagged
 from pipeline.dataset import HostBatch, Split
 from pipeline.read_ahead import READERS, ReadAhead
@@ -97,7 +98,7 @@ class Loader(ReadAhead[LoadedBatch]):
             epochs=epochs,
         )
         self.steps_per_epoch = self._steps.per_epoch
-        self._split = split
+        self._split, self._rank, self._ranks = split, rank, ranks
         self._order = RowOrder(split, seed=seed, shuffle=shuffle, window=window, block=block)
         self._global_keys = global_keys
         super().__init__(
@@ -119,8 +120,15 @@ class Loader(ReadAhead[LoadedBatch]):
             keys = self._split.read_keys(everyones)
         else:
             rows = self._order.rows(part.epoch, part.first, part.first + part.rows)
+        try:
+            host = self._split.read(rows)
+        except DataError as error:
+            if self._ranks == 1:
+                raise
+            # Other ranks' rows may be sound: this one ends them all, and says who it is.
+            raise type(error)(f"rank {self._rank}: {error}") from error
         return LoadedBatch(
-            host=self._split.read(rows),
+            host=host,
             step=part.step,
             epoch=part.epoch,
             global_rows=part.global_rows,

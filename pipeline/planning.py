@@ -13,6 +13,7 @@ from dlrm.config import RunConfig
 from dlrm.errors import ConfigError
 from embedding.frequency import Frequency, RowCounts
 from embedding.links import DEFAULT, LinkRates
+from embedding.placement import places_of
 from embedding.plan import Forced, Plan, TableSpec, make_plans
 from pipeline.dataset import Dataset
 from pipeline.host_memory import available_memory
@@ -248,7 +249,7 @@ def simulate(
     from embedding.exchange_cost import Shape  # with NumPy, as all of this file
 
     rows = []
-    weights = dense_weights(config, num_dense, len(tables))
+    weights = dense_weights(config, num_dense, places_of(table_specs(config, tables), 0)[1])
     itemsize = 8 if config.precision == "fp64" else 4
     for count in ranks:
         nodes = -(-count // ranks_per_node)
@@ -279,9 +280,9 @@ def simulate(
     return rows
 
 
-def dense_weights(config: RunConfig, num_dense: int, num_tables: int) -> int:
-    """Weights and biases of both MLPs."""
-    places = num_tables + (num_dense > 0)
+def dense_weights(config: RunConfig, num_dense: int, num_vectors: int) -> int:
+    """Weights and biases of both MLPs; ``num_vectors`` without the bottom one's."""
+    places = num_vectors + (num_dense > 0)
     bottom = (num_dense, *config.model.bottom_mlp) if num_dense else ()
     top_in = places * (places - 1) // 2 + (config.model.embedding_dim if num_dense else 0)
     top = (top_in, *config.model.top_mlp)

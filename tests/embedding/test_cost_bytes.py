@@ -18,17 +18,18 @@ from embedding.frequency import Frequency
 from embedding.hybrid import HybridEmbedding
 from embedding.jagged import Jagged
 from embedding.links import DEFAULT
-from embedding.placement import Placement, Plan, TableSpec, node_of_ranks
+from embedding.placement import Placement, Plan, Pooling, TableSpec, node_of_ranks, places_of
 from embedding.topology import discover, share_of, start_of
 
 DIM = 8
 
 
 def draw(rng: np.random.Generator, specs: list[TableSpec], rows: int, hotness: int) -> Jagged:
-    """Skewed keys of a global batch; hotness 1 is one key a bag, else 0 to twice as many."""
+    """Skewed keys of a global batch; hotness 1 is one key a bag, else 0 to twice as many, of concat exactly as many."""
     lengths = np.ones((len(specs), rows), np.int64)
     if hotness > 1:
         lengths = rng.integers(0, 2 * hotness + 1, lengths.shape)
+        lengths[[spec.pooling == "concat" for spec in specs]] = hotness
     keys = [
         (spec.rows * rng.random(int(count)) ** 3).astype(np.int32)
         for spec, count in zip(specs, lengths.sum(axis=1), strict=True)
@@ -62,7 +63,7 @@ def run_step(comm: Any, plan: Plan, batch: Jagged, precision: str) -> tuple[dict
         exchange_precision=precision, topology=topology,  # type: ignore[arg-type]
     )  # fmt: skip
     total = batch.num_rows
-    vectors = np.zeros((share_of(total, comm.size, comm.rank), len(plan.specs), DIM), np.float32)
+    vectors = np.zeros((share_of(total, comm.size, comm.rank), places_of(plan.specs, 0)[1], DIM), np.float32)
     buffers = embedding.buffers(len(vectors), vectors, np.ones_like(vectors))
     begin, end = (start_of(total, comm.size, rank) for rank in (comm.rank, comm.rank + 1))
     counting.traffic.clear()
@@ -81,7 +82,10 @@ def test_the_formula_equals_the_bytes_handed_to_comm(
     rng: np.random.Generator, hotness: int, ranks: int, nodes: int, precision: str
 ) -> None:
     for _ in range(4):
-        specs = [TableSpec(name=f"t{i}", rows=int(rng.integers(1, 90)), dim=DIM, hotness=hotness) for i in range(6)]
+        specs = [
+            TableSpec(name=f"t{i}", rows=int(rng.integers(1, 90)), dim=DIM, hotness=hotness, pooling=pooling)
+            for i, pooling in enumerate(rng.choice(["sum", "concat"], 6).tolist())
+        ]
         plan = Plan(
             specs=tuple(specs),
             placements=tuple(random_placement(rng, spec, ranks) for spec in specs),
@@ -122,7 +126,8 @@ def test_the_expectation_is_within_5_percent_of_100_batches(rng: np.random.Gener
         Placement(kind="replicated", threshold=rows),
         Placement(kind="column_wise", owners=(0, 1, 2, 3)),
     ]
-    spec = TableSpec(name="t", rows=rows, dim=DIM, hotness=hotness)
+    pooling: Pooling = rng.choice(["sum", "concat"])  # all bags have one length
+    spec = TableSpec(name="t", rows=rows, dim=DIM, hotness=hotness, pooling=pooling)
     workload = Workload(ranks=ranks, batch_size=batch, jagged=hotness > 1)
     # What a run knows: counts of 32 batches drawn apart from those it is held against.
     counts = np.bincount(rng.choice(rows, 32 * batch * hotness, p=law), minlength=rows)
@@ -140,7 +145,7 @@ def test_the_expectation_is_within_5_percent_of_100_batches(rng: np.random.Gener
             for name, matrix in batch_bytes(plan, parts, itemsize=4).items():
                 means[placement][name] += matrix.sum() / 100
     for placement in placements:
-        cost = step_cost([placement], [demand.cost(placement)], workload, DEFAULT, "flat")
+        cost = step_cost([spec], [placement], [demand.cost(placement)], workload, DEFAULT, "flat")
         found = dict(zip(("input_dist", "output_dist", "grad_dist", "all_reduce"), cost.inside.values(), strict=True))
         for name, mean in means[placement].items():
             assert found[name] == pytest.approx(mean, rel=0.05), (placement, name)
@@ -156,5 +161,5 @@ def test_bytes_of_the_issue_are_found_again() -> None:
         demands = [TableDemand(spec, Frequency.power_law(spec.rows, 1.1), 1, workload, DEFAULT) for spec in specs]
         for deduplicate, expected in ((False, plain), (True, distinct)):
             placement = Placement(kind="table_wise", deduplicate=deduplicate)
-            cost = step_cost([placement] * 26, [d.cost(placement) for d in demands], workload, DEFAULT, "flat")
+            cost = step_cost(specs, [placement] * 26, [d.cost(placement) for d in demands], workload, DEFAULT, "flat")
             assert (cost.inside["vectors"] + cost.inside["gradients"]) / 1e6 == pytest.approx(expected, rel=0.06)

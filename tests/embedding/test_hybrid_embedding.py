@@ -56,6 +56,7 @@ def test_every_plan_trains_as_one_rank_does(plan: str, ranks: int, seed: int) ->
             kinds=kinds,
             share=share,
             deduplicate=number % 4 != 0,
+            poolings=("sum", "mean", "concat"),
         )
         hc.check(case, rank_threads.run_ranks(ranks, lambda comm, case=case: hc.train(case, comm)), hc.run_alone(case))
 
@@ -77,6 +78,7 @@ ANY_CASE = st.builds(
     deduplicate=st.booleans(),
     same_key=st.booleans(),
     distinct_keys=st.booleans(),
+    poolings=st.lists(st.sampled_from(["sum", "mean", "concat"]), min_size=1, max_size=3).map(tuple),
 )
 
 

@@ -52,8 +52,16 @@ class Case:
 
     def architecture(self) -> Architecture:
         """The parameters' shapes."""
+        exceptions, default = self.embedding.get("tables", {}), self.embedding.get("pooling", "sum")
+        pooling = {name: exceptions.get(name, {}).get("pooling", default) for name in self.tables}
+        most = {name: keys for name, (_, keys) in zip(self.tables, self.hotness, strict=True)}
         return Architecture(
-            num_dense=self.num_dense, tables=self.tables, dim=self.dim, bottom=self.bottom, top=self.top
+            num_dense=self.num_dense,
+            tables=self.tables,
+            dim=self.dim,
+            bottom=self.bottom,
+            top=self.top,
+            concat={name: keys for name, keys in most.items() if pooling[name] == "concat"},
         )
 
     def config(self, name: str, seed: int) -> dict:
@@ -197,6 +205,27 @@ CASES: dict[str, Case] = {
         bottom=(7, 6),
         top=(11, 1),
         from_seed=True,
+    ),
+    "concat_beside_mean_adam": Case(
+        tables={"user": 30, "tag": 12, "item": 40},
+        hotness=((1, 1), (3, 3), (2, 2)),
+        optimizer={"kind": "adam", "lr": 0.01},
+        embedding={"tables": {"tag": {"pooling": "concat"}, "item": {"pooling": "mean"}}},
+        num_rows=37 * 3 + 2,
+        batch_size=37,
+    ),
+    "concat_weighted_rowwise_adagrad": Case(
+        tables={"user": 30, "tag": 12, "item": 40},
+        hotness=((2, 2), (0, 4), (3, 3)),
+        optimizer={"kind": "adagrad", "lr": 0.05},
+        embedding={
+            "pooling": "concat",
+            "tables": {"tag": {"pooling": "sum"}},
+            "optimizer": {"kind": "rowwise_adagrad", "lr": 0.1},
+        },
+        weighted=True,
+        layout="jagged",
+        num_dense=0,
     ),
 }
 

@@ -83,10 +83,12 @@ class Architecture:
     dim: int
     bottom: tuple[int, ...]
     top: tuple[int, ...]
+    concat: Mapping[str, int] = field(default_factory=dict)
+    """Keys of every bag of the tables whose vectors are not pooled."""
 
     def layers(self) -> list[tuple[str, int, int]]:
         """``(name, in, out)`` of every linear layer."""
-        num_vectors = len(self.tables) + bool(self.num_dense)
+        num_vectors = sum(self.concat.get(table, 1) for table in self.tables) + bool(self.num_dense)
         top_in = num_vectors * (num_vectors - 1) // 2 + (self.dim if self.num_dense else 0)
         sizes = [("bottom", self.num_dense, self.bottom)] if self.num_dense else []
         found = []
@@ -147,6 +149,9 @@ def predict(
         rows = parameters[f"table.{table}"][bags.keys]
         if bags.weights is not None:
             rows = rows * bags.weights[:, None]
+        if pooling[table] == "concat":
+            vectors += rows.reshape(num_rows, architecture.concat[table], architecture.dim).unbind(dim=1)
+            continue
         pooled = rows.new_zeros(num_rows, architecture.dim).index_add(0, bags.bag, rows)
         if pooling[table] == "mean":
             counts = torch.bincount(bags.bag, minlength=num_rows).clamp(min=1)

@@ -184,7 +184,7 @@ def test_cases_cover_what_the_engine_promises() -> None:
     assert kinds >= {"sgd", "momentum", "adagrad", "adam", "ftrl"}
     table_kinds = {config.table_optimizer.kind for config in configs.values()}
     assert table_kinds == {"sgd", "momentum", "adagrad", "rowwise_adagrad", "adam", "ftrl"}
-    assert {config.embedding.pooling for config in configs.values()} == {"sum", "mean"}
+    assert {config.embedding.pooling for config in configs.values()} == {"sum", "mean", "concat"}
     assert any(c.learning_rate.warmup_steps and c.learning_rate.decay_start for c in configs.values())
     assert {config.data.drop_last for config in configs.values()} == {True, False}
     assert all(not config.data.shuffle and config.train.max_steps == 50 for config in configs.values())

@@ -31,6 +31,10 @@ class Case:
     key_dtype: str = "int32"
     first: int = 1
     compiled: bool = True
+    poolings: tuple[str, ...] = ("sum", "mean")  # repeated as needed; every bag of concat holds ``hotness`` keys
+
+    def pooling(self, table: int) -> str:
+        return self.poolings[table % len(self.poolings)]
 
 
 def draw(case: Case, rng: np.random.Generator, num_rows: int) -> Jagged:
@@ -38,6 +42,9 @@ def draw(case: Case, rng: np.random.Generator, num_rows: int) -> Jagged:
     one_hot = case.hotness == 1
     bags = len(case.rows) * num_rows
     lengths = np.ones(bags, np.int64) if one_hot else rng.integers(0, case.hotness + 1, bags)
+    for table in range(len(case.rows)):
+        if case.pooling(table) == "concat":
+            lengths[table * num_rows : (table + 1) * num_rows] = case.hotness
     per_table = lengths.reshape(len(case.rows), num_rows).sum(axis=1)
     keys = [rng.integers(0, rows, count) for rows, count in zip(case.rows, per_table, strict=True)]
     return Jagged(
@@ -69,7 +76,7 @@ def part_of(batch: Jagged, begin: int, end: int) -> Jagged:
 def build(case: Case, comm: Any) -> TableWiseEmbedding:
     """The tables over ``comm``."""
     specs = [
-        TableSpec(name=f"t{i}", rows=rows, dim=case.dim, hotness=case.hotness, pooling=("sum", "mean")[i % 2])
+        TableSpec(name=f"t{i}", rows=rows, dim=case.dim, hotness=case.hotness, pooling=case.pooling(i))
         for i, rows in enumerate(case.rows)
     ]
     return TableWiseEmbedding(

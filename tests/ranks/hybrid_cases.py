@@ -14,7 +14,7 @@ from embedding.all_to_all import Flat, Hierarchical
 from embedding.comm import SingleComm
 from embedding.hybrid import HybridEmbedding
 from embedding.jagged import Jagged
-from embedding.placement import Placement, Plan, TableSpec
+from embedding.placement import Placement, Plan, TableSpec, places_of
 from embedding.topology import discover, share_of, start_of
 
 
@@ -54,12 +54,16 @@ def placement_of(case: HybridCase, table: int, ranks: int) -> Placement:
             return Placement(kind="row_wise", deduplicate=case.deduplicate)
 
 
-def build(case: HybridCase, comm: Any) -> HybridEmbedding:
-    """The tables over ``comm``."""
-    specs = tuple(
-        TableSpec(name=f"t{i}", rows=rows, dim=case.dim, hotness=case.hotness, pooling=("sum", "mean")[i % 2])
+def specs_of(case: HybridCase) -> tuple[TableSpec, ...]:
+    return tuple(
+        TableSpec(name=f"t{i}", rows=rows, dim=case.dim, hotness=case.hotness, pooling=case.pooling(i))  # type: ignore[arg-type]
         for i, rows in enumerate(case.rows)
     )
+
+
+def build(case: HybridCase, comm: Any) -> HybridEmbedding:
+    """The tables over ``comm``."""
+    specs = specs_of(case)
     placements = tuple(placement_of(case, table, comm.size) for table in range(len(specs)))
     topology = discover(comm, case.nodes)
     lists = {
@@ -117,7 +121,7 @@ def train(case: HybridCase, comm: Any) -> Outcome:
     """Run the batches; two are in flight, as in a pipeline that sends keys ahead."""
     rng = np.random.default_rng(case.seed)
     embedding = build(case, comm)
-    places = case.first + len(case.rows)
+    _, places = places_of(specs_of(case), case.first)
     capacity = share_of(max(case.batches), comm.size, comm.rank)
     flights = []
     for _ in range(2):

@@ -34,6 +34,7 @@ def main() -> None:
             kinds=kinds,
             kind=kind,
             nodes=1 + number % 2,
+            poolings=("sum", "concat", "mean", "concat"),
         )
         mine, alone = hc.train(case, comm), hc.run_alone(case)
         for step, total in enumerate(case.batches):

@@ -82,6 +82,22 @@ def test_damaged_data_is_refused_with_its_place(tiny_dataset, run_values, config
     refused(3, ["nowhere"], "train", path, "--set", "data.path=nowhere")
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize(("row", "rank"), [(3, 0), (21, 1)])
+def test_a_key_out_of_range_on_one_rank_ends_all_and_names_it(tiny_dataset, run_values, config, row, rank):
+    data = tiny_dataset()
+    # All is forced, so that nobody counts rows before the ranks read their own: 0 to 15 and 16 to 31.
+    embedding = {"placement": "row_wise", "deduplicate": True, "all_to_all": "flat"}
+    path = config(run_values(data, data={"shuffle": False}, embedding=embedding))
+    rows_of(data)[row, 6] = 300
+    refused(3, [f"rank {rank}: ", f"row {row}", "item", "key 300"], "train", path, "--ranks", "2")
+
+
+def test_concat_of_bags_with_missing_keys_is_refused(tiny_dataset, run_values, config):
+    path = config(run_values(tiny_dataset(), embedding={"tables": {"tags": {"pooling": "concat"}}}))
+    refused(3, ["'tags'", "holds 1 keys", "2", "use pooling sum or mean"], "train", path)
+
+
 def test_wrong_configs_are_refused_with_the_path_of_the_field(tiny_dataset, run_values, config, tmp_path):
     values = run_values(tiny_dataset())
     path = config(values)
