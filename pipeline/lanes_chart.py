@@ -27,11 +27,12 @@ _SHORT = {
 }  # fmt: skip
 
 
-def lanes_chart(lanes: Mapping[str, Any], name: str) -> str:
+def lanes_chart(lanes: Mapping[str, Any], name: str, tick: str) -> str:
     """One picture as an ``<svg>`` element, or nothing where nothing ran.
 
     Args:
         lanes: of one rank, as ``run_trace.read_lanes`` gives them.
+        tick: what a tick is called, such as ``step``.
         name: makes the picture's identifiers unique on its page.
     """
     runs = [
@@ -53,7 +54,7 @@ def lanes_chart(lanes: Mapping[str, Any], name: str) -> str:
         *(_lane(lane, top, bottom, runs, place, name) for lane, top, bottom in _LANES),
         *(_crossing(giver, taker, place) for giver, taker in crossings(runs)),
         *(_run(run, place) for run in runs),
-        _ticks(runs, place),
+        _ticks(runs, place, tick),
         _legend(name),
         "</svg>",
     ]
@@ -84,7 +85,7 @@ class _Scale:
 
 
 def _axis(place: _Scale, length: float) -> str:
-    axis = linear_axis("ms", (), low=0, high=length)
+    axis = linear_axis("ms", (), low=0, high=length, text="{:,g}".format)
     x = {at: place(place.start + at) for at, _ in axis.ticks}
     lines = "".join(f'<path d="M{x[at]:.1f} {_MEMORY - 4}V{_BOTTOM}"/>' for at, _ in axis.ticks)
     texts = "".join(
@@ -139,14 +140,14 @@ def _run(run: Run, place: _Scale) -> str:
     return f"{bar}<title>{escape(hint)}</title></rect>" + (label if words else "")
 
 
-def _ticks(runs: Sequence[Run], place: _Scale) -> str:
+def _ticks(runs: Sequence[Run], place: _Scale, word: str) -> str:
     """Where a step begins."""
     starts: dict[int, float] = {}
     for run in runs:
         starts[run.tick] = min(run.start, starts.get(run.tick, run.start))
     return "".join(
         f'<path class="rule tone-muted" d="M{place(at):.1f} 38V{_BOTTOM}"/>'
-        f'<text x="{place(at) + 5:.1f}" y="47">{tick:,}</text>'
+        f'<text x="{place(at) + 5:.1f}" y="47">{escape(word)} {tick:,}</text>'
         for tick, at in starts.items()
     )
 

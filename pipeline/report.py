@@ -247,8 +247,8 @@ def stage_rows(stages_ms: Mapping[str, float] | None) -> list[dict[str, str]]:
 def lanes_figures(lanes: Mapping[str, Any]) -> list[dict[str, str]]:
     """Pictures of the two lanes: title, SVG and what lies below it."""
     figures = []
-    for what, title in (("train", "training steps"), ("eval", "evaluation batches")):
-        if chart := lanes_chart(lanes[what], f"lanes-{what}") if what in lanes else "":
+    for what, word, title in (("train", "step", "training steps"), ("eval", "batch", "evaluation batches")):
+        if chart := lanes_chart(lanes[what], f"lanes-{what}", word) if what in lanes else "":
             numbers = ", ".join(f"{tick:,}" for tick in lanes[what]["ticks"][:12])
             more = " and more" if len(lanes[what]["ticks"]) > 12 else ""
             figures.append(

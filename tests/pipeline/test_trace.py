@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dlrm.errors import ConfigError
-from dlrm.host_streams import InlineStream
+from dlrm.host_streams import DoneEvent, InlineStream
 from embedding.comm import SingleComm
 from pipeline.lanes_chart import caption, lanes_chart
 from pipeline.profiler import nvtx_ranges
@@ -64,6 +64,9 @@ class TickingDevice:
 
     def join(self, events):
         pass
+
+    def record(self):
+        return DoneEvent()
 
 
 class QuietStages:
@@ -188,7 +191,7 @@ def test_the_picture_has_every_run_every_gap_and_the_ratio(tmp_path):
     assert len(lanes["runs"]) == 3 * len(S)
     assert lanes["ratio"] == 0.0  # this device does one thing at a time
     assert f"overlap ratio {lanes['ratio']:.2f}" in caption(lanes)
-    picture = lanes_chart(lanes, "x")
+    picture = lanes_chart(lanes, "x", "step")
     assert picture.count('class="run tone-') == len(lanes["runs"]) + 4  # and the legend
     drawn = [run for run in timeline.runs() if run.tick < 10]
     gaps = sum(len(idle_of(drawn, lane)) for lane in ("dense", "embedding"))
@@ -203,7 +206,7 @@ def test_the_picture_has_every_run_every_gap_and_the_ratio(tmp_path):
 def test_nothing_traced_draws_nothing(tmp_path):
     assert read_lanes(tmp_path) == {}
     write_trace(tmp_path, [])
-    assert lanes_chart(read_lanes(tmp_path)["train"], "x") == ""
+    assert lanes_chart(read_lanes(tmp_path)["train"], "x", "step") == ""
 
 
 def test_ranges_name_what_is_timed(monkeypatch):
