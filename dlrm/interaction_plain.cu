@@ -21,7 +21,7 @@ DEVICE void stage_vectors(float* x, const NUMBER* vectors, int lane) {
   for (int item = lane; item < BLOCKS * DIM; item += LANES) {
     const int vector = item / (DIM / 4), column = item % (DIM / 4) * 4;
     const float4 v = vector < VECTORS ? read_4(vectors + vector * DIM + column) : make_float4(0, 0, 0, 0);
-    write_4(x + vector * STRIDE + column, v);
+    *reinterpret_cast<float4*>(x + vector * STRIDE + column) = v;
   }
 }
 

@@ -77,6 +77,39 @@ DEVICE uint2 stream_8(const void* address) {
   return v;
 }
 
+DEVICE int stream(const int* address) {
+  int v;
+  asm volatile("ld.global.nc.L1::no_allocate.s32 %0, [%1];" : "=r"(v) : "l"(address));
+  return v;
+}
+
+DEVICE int64 stream(const int64* address) {
+  int64 v;
+  asm volatile("ld.global.nc.L1::no_allocate.s64 %0, [%1];" : "=l"(v) : "l"(address));
+  return v;
+}
+
+// Stores that stay whole: the compiler takes some of its own apart into numbers of 4 bytes, each with a transaction.
+DEVICE void write_16(void* address, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :: "l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+DEVICE void write_8(void* address, uint2 v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" :: "l"(address), "r"(v.x), "r"(v.y) : "memory");
+}
+
+// The same pointer, of which the compiler forgets how it came about: it then stays in registers and is not put
+// together again for every access.
+template <typename T>
+DEVICE T* settled(T* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+
+// The values of all lanes of the warp, bit by bit.
+DEVICE uint32 any_bits(uint32 value) { return __reduce_or_sync(0xffffffffu, value); }
+
 // The lanes of the warp whose lowest `bits` bits of `value` are this lane's.
 DEVICE uint32 lanes_alike(uint32 value, int bits) {
   uint32 alike = 0xffffffffu;
@@ -173,10 +206,22 @@ DEVICE float4 stream_4(const float* source) { return floats(stream_16(source)); 
 DEVICE float4 stream_4(const half_t* source) { return floats<half_t>(stream_8(source)); }
 DEVICE float4 stream_4(const bfloat_t* source) { return floats<bfloat_t>(stream_8(source)); }
 
-DEVICE void write_4(float* target, float4 v) { *reinterpret_cast<float4*>(target) = v; }
+// To global memory.
+DEVICE void write_4(float* target, float4 v) {
+  write_16(target, make_uint4(float_to_bits(v.x), float_to_bits(v.y), float_to_bits(v.z), float_to_bits(v.w)));
+}
 template <typename T>
 DEVICE void write_4(T* target, float4 v) {
-  *reinterpret_cast<uint2*>(target) = make_uint2(pack(T(), v.x, v.y), pack(T(), v.z, v.w));
+  write_8(target, make_uint2(pack(T(), v.x, v.y), pack(T(), v.z, v.w)));
+}
+DEVICE void write_8_numbers(float* target, float4 low, float4 high) {
+  write_4(target, low);
+  write_4(target + 4, high);
+}
+template <typename T>
+DEVICE void write_8_numbers(T* target, float4 low, float4 high) {
+  write_16(target, make_uint4(pack(T(), low.x, low.y), pack(T(), low.z, low.w), pack(T(), high.x, high.y),
+                              pack(T(), high.z, high.w)));
 }
 
 DEVICE float4 add(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }

@@ -2,12 +2,15 @@
 //
 // Shapes: T tables in one weight array of R rows, B bags a table, D columns, F places of the output.
 // Macros: DIM = D, a multiple of 4 (of 8 where WEIGHT has 16 bits); WEIGHT, OUT, KEY: element types; and for bags
-// WEIGHTED: 1 if keys have weights.
+// WEIGHTED: 1 if keys have weights; AHEAD: rows that a group of lanes has under way; TASK: keys that it takes at a time,
+// about; POOL_THREADS, POOL_BLOCKS: of a block, and blocks of a multiprocessor.
 //
-// A table's frequent rows are asked for again and again. Workers (blocks) therefore keep to one table, and the
-// multiprocessor's first-level cache serves the rows that come often: what is left is what the second level and
-// memory have to deliver. Workers of all tables walk the batch side by side, so that rows of the output fill up
-// while they are in the second level.
+// A table's frequent rows are asked for again and again, and the multiprocessor's first-level cache serves them: what is
+// left is what the second level and memory have to deliver. Where keys are copied, workers (blocks) therefore keep to one
+// table; workers of all tables walk the batch side by side, so that rows of the output fill up while they are in the
+// second level. Where bags are pooled, which reads much more than it writes, all groups of lanes work on one table at
+// a time, so that the second level is that table's too; they take turns at tasks of about as many keys each, and
+// neighbouring tasks lie on different multiprocessors, so that each has its share of every table.
 #include "dlrm/kernels.cuh"
 
 #define LANES 32
@@ -15,28 +18,34 @@
 // Keys that a warp takes at a time.
 #define KEYS 16
 // Numbers that a lane moves at a time: 16 bytes of weights.
-#define NUMBERS (sizeof(WEIGHT) == 4 ? 4 : 8)
+constexpr int NUMBERS = sizeof(WEIGHT) == 4 ? 4 : 8;
 // Accesses that a lane has under way.
 #define UNROLL 8
 
-// Copy one item of NUMBERS weights, as 16 bytes of WEIGHT in `bits`.
-DEVICE void put(float* target, uint4 bits, float) { *reinterpret_cast<uint4*>(target) = bits; }
+// NUMBERS weights as they come from memory, and as numbers.
+struct Piece { float4 part[NUMBERS / 4]; };
+
+DEVICE void unpack_piece(Piece& piece, uint4 bits, float) { piece.part[0] = floats(bits); }
 template <typename T>
-DEVICE void put(T* target, uint4 bits, float) { write_4(target, floats(bits)); }
+DEVICE void unpack_piece(Piece& piece, uint4 bits, T) {
+  piece.part[0] = floats<T>(make_uint2(bits.x, bits.y));
+  piece.part[NUMBERS / 4 - 1] = floats<T>(make_uint2(bits.z, bits.w));
+}
+
 template <typename T>
-DEVICE void put(T* target, uint4 bits, T) { *reinterpret_cast<uint4*>(target) = bits; }
-template <typename S>
-DEVICE void put(float* target, uint4 bits, S) {
-  write_4(target, floats<S>(make_uint2(bits.x, bits.y)));
-  write_4(target + 4, floats<S>(make_uint2(bits.z, bits.w)));
+DEVICE void write_piece(T* target, const Piece& piece) {
+  if (NUMBERS == 4) write_4(target, piece.part[0]);
+  else write_8_numbers(target, piece.part[0], piece.part[NUMBERS / 4 - 1]);
 }
-DEVICE void put(half_t* target, uint4 bits, bfloat_t) {
-  write_4(target, floats<bfloat_t>(make_uint2(bits.x, bits.y)));
-  write_4(target + 4, floats<bfloat_t>(make_uint2(bits.z, bits.w)));
-}
-DEVICE void put(bfloat_t* target, uint4 bits, half_t) {
-  write_4(target, floats<half_t>(make_uint2(bits.x, bits.y)));
-  write_4(target + 4, floats<half_t>(make_uint2(bits.z, bits.w)));
+
+// Copy NUMBERS weights, as 16 bytes of WEIGHT in `bits`; what has the same type stays as it is.
+template <typename T>
+DEVICE void put(T* target, uint4 bits, T) { write_16(target, bits); }
+template <typename T, typename S>
+DEVICE void put(T* target, uint4 bits, S) {
+  Piece piece;
+  unpack_piece(piece, bits, S());
+  write_piece(target, piece);
 }
 
 // out[b, place[t]] = weight[row_start[t] + keys[t, b]]. Worker w of `workers`, a multiple of T, has table w % T.
@@ -90,113 +99,175 @@ KERNEL void __launch_bounds__(1024) copy_rows(
 
 #ifdef WEIGHTED
 
-// Lanes that share a bag, each with PARTS vectors of four columns.
-constexpr int GROUP = DIM % 128 == 0 ? 32 : DIM % 64 == 0 ? 16 : DIM % 32 == 0 ? 8 : DIM % 16 == 0 ? 4 : DIM % 8 == 0 ? 2 : 1;
-constexpr int PARTS = DIM / (4 * GROUP);
-constexpr int AHEAD = PARTS >= UNROLL ? 1 : (UNROLL / PARTS < GROUP ? UNROLL / PARTS : GROUP);
+// Lanes that share a bag, each with PARTS pieces of a row.
+constexpr int PIECES = DIM / NUMBERS;
+constexpr int GROUP = PIECES % 32 == 0 ? 32 : PIECES % 16 == 0 ? 16 : PIECES % 8 == 0 ? 8 : PIECES % 4 == 0 ? 4 : PIECES % 2 == 0 ? 2 : 1;
+constexpr int PARTS = PIECES / GROUP;
+constexpr int WIDTH = PARTS >= AHEAD ? 1 : (AHEAD / PARTS < GROUP ? AHEAD / PARTS : GROUP);
+// Accumulators and rows under way.
+struct Sum { Piece part[PARTS]; };
 
-// The first bag whose keys and bags before it add up to `target` or more; the whole warp searches.
-DEVICE int64 find_bag(const int64* offsets, int64 num_bags, int64 target) {
-  const int lane = threadIdx.x % LANES;
-  int64 low = 0, high = num_bags;  // the answer lies in [low, high]
-  while (low < high) {
-    const int64 step = (high - low + LANES - 1) / LANES;
-    const int64 probe = low + lane * step;
-    const bool before = probe < high && offsets[probe] + probe < target;
-    const int count = __popc(__ballot_sync(ALL_LANES, before));
-    // Probes 0 .. count - 1 lie before the answer.
-    const int64 end = low + count * step;
-    if (count > 0) low += (count - 1) * step + 1;
-    high = end < high ? end : high;
+// Lanes of the warp that share this lane's bag.
+struct Group {
+  int lane, shift;
+  uint32 members;
+
+  DEVICE Group() {
+    lane = threadIdx.x % GROUP;
+    shift = GROUP == LANES ? 0 : threadIdx.x % LANES / GROUP * GROUP;
+    members = GROUP == LANES ? ALL_LANES : ((1u << (GROUP % LANES)) - 1) << shift;
   }
-  return low;
+  template <typename T>
+  DEVICE T from(T value, int source) const { return __shfl_sync(GROUP == LANES ? ALL_LANES : members, value, source, GROUP); }
+  DEVICE uint32 votes(bool vote) const {
+    return GROUP == LANES ? __ballot_sync(ALL_LANES, vote) : __ballot_sync(members, vote) >> shift & ((1u << (GROUP % LANES)) - 1);
+  }
+  DEVICE uint32 any(uint32 bits) const {
+    if (GROUP == LANES) return any_bits(bits);
+#pragma unroll
+    for (int distance = GROUP / 2; distance > 0; distance /= 2) bits |= __shfl_xor_sync(members, bits, distance, GROUP);
+    return bits;
+  }
+};
+
+DEVICE void clear(Sum& sum) {
+#pragma unroll
+  for (int p = 0; p < PARTS; ++p) {
+#pragma unroll
+    for (int i = 0; i < NUMBERS / 4; ++i) sum.part[p].part[i] = make_float4(0, 0, 0, 0);
+  }
 }
 
-// out[b, place[t]] = sum over the bag, divided by its length where pooling is mean. Every warp gets bags that
-// neighbour each other, with as many keys and bags together as any other.
-KERNEL void __launch_bounds__(512) pool_bags(
-    const WEIGHT* __restrict__ weight, const int64* __restrict__ row_start, const KEY* __restrict__ keys,
-    const int64* __restrict__ offsets, const float* __restrict__ key_weights, const unsigned char* __restrict__ mean,
-    const int64* __restrict__ place, int64 num_rows, int num_tables, int num_places, OUT* __restrict__ out) {
-  const int warps = blockDim.x / LANES;
-  const int64 num_bags = num_rows * num_tables;
-  const int64 work = offsets[num_bags] + num_bags;
-  const int64 all_warps = int64(gridDim.x) * warps;
-  const int64 warp = int64(blockIdx.x) * warps + threadIdx.x / LANES;
-  const int64 warp_begin = find_bag(offsets, num_bags, work * warp / all_warps);
-  const int64 warp_end = warp + 1 == all_warps ? num_bags : find_bag(offsets, num_bags, work * (warp + 1) / all_warps);
-
-  const int lane = threadIdx.x % GROUP;
-  const int group = threadIdx.x % LANES / GROUP;
-  const uint32 members = GROUP == LANES ? ALL_LANES : ((1u << (GROUP % LANES)) - 1) << (group * GROUP);
-  const int64 share = (warp_end - warp_begin + LANES / GROUP - 1) / (LANES / GROUP);
-  int64 bag = warp_begin + group * share;
-  const int64 last = bag + share < warp_end ? bag + share : warp_end;
-
-  while (bag < last) {
-    const int table = int(bag / num_rows);
-    const int64 table_end = (table + 1) * num_rows;
-    const int64 end = table_end < last ? table_end : last;
-    const WEIGHT* rows = weight + row_start[table] * DIM;
-    OUT* own_out = out + place[table] * DIM - table * num_rows * num_places * DIM;
-    const bool divide = mean[table] != 0;
-    const int64 stop = offsets[end];
-    // Lane l knows where bag `known + l` ends.
-    int64 known = bag;
-    int64 ends = offsets[known + lane + 1 < end ? known + lane + 1 : end];
-    int64 begin = offsets[bag];
-    int64 bag_end = __shfl_sync(members, ends, 0, GROUP);
-    float4 sum[PARTS];
+DEVICE void add_row(Sum& sum, float factor, const uint4 (&bits)[PARTS]) {
 #pragma unroll
-    for (int p = 0; p < PARTS; ++p) sum[p] = make_float4(0, 0, 0, 0);
-
-    auto finish_bag = [&]() {
-      const float divisor = divide && bag_end - begin > 1 ? float(bag_end - begin) : 1.0f;
+  for (int p = 0; p < PARTS; ++p) {
+    Piece v;
+    unpack_piece(v, bits[p], WEIGHT());
 #pragma unroll
-      for (int p = 0; p < PARTS; ++p) {
-        const float4 v = sum[p];
-        write_4(own_out + bag * num_places * DIM + (p * GROUP + lane) * 4,
-                make_float4(v.x / divisor, v.y / divisor, v.z / divisor, v.w / divisor));
-        sum[p] = make_float4(0, 0, 0, 0);
-      }
-      ++bag;
-      begin = bag_end;
-      if (bag == known + GROUP) {
-        known = bag;
-        ends = offsets[known + lane + 1 < end ? known + lane + 1 : end];
-      }
-      bag_end = __shfl_sync(members, ends, int(bag - known), GROUP);
-    };
+    for (int i = 0; i < NUMBERS / 4; ++i) {
+      float4& own = sum.part[p].part[i];
+      own = WEIGHTED ? add_scaled(own, factor, v.part[i]) : add(own, v.part[i]);
+    }
+  }
+}
 
-    for (int64 tile = begin; tile < stop; tile += GROUP) {
-      const bool mine = tile + lane < stop;
-      const KEY key = mine ? keys[tile + lane] : KEY(0);
-      const float factor = WEIGHTED && mine ? key_weights[tile + lane] : 1.0f;
+// Keys are not negative: what has 32 bits is multiplied and added to 64 in one instruction.
+DEVICE const WEIGHT* row_of(const WEIGHT* rows, int key) { return rows + uint64(uint32(key)) * DIM; }
+DEVICE const WEIGHT* row_of(const WEIGHT* rows, int64 key) { return rows + key * DIM; }
+
+// Pool `count` bags, at most GROUP, whose ends `offsets` has: rows of one table, from this lane's first column on.
+DEVICE void pool_task(
+    const Group& group, const WEIGHT* rows, const KEY* keys, const float* key_weights, const int64* offsets, int count,
+    bool divide, uint32 stride, OUT* out) {
+  const int lane = group.lane;
+  // Lane l knows where bag l lies, from the task's first key on.
+  const int64 begin = offsets[lane < count ? lane : count], end = offsets[lane < count ? lane + 1 : count];
+  const int64 first = group.from(begin, 0);
+  const uint32 own_end = uint32(end - first), length = uint32(end - begin);
+  const float share = divide && length > 1 ? 1.0f / float(length) : 1.0f;
+  const uint32 total = group.from(own_end, GROUP - 1);
+  keys = settled(keys + first);
+  if (WEIGHTED) key_weights += first;
+  out = settled(out);
+  uint32 filled = group.votes(length > 0);
+  Sum sum;
+  clear(sum);
+  for (uint32 empty = group.votes(lane < count && length == 0); empty != 0; empty &= empty - 1) {
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) write_piece(out + uint64(uint32(__ffs(empty) - 1)) * stride + p * GROUP * NUMBERS, sum.part[p]);
+  }
+  if (total == 0) return;
+
+  auto finish_bag = [&]() {
+    const uint32 bag = __ffs(filled) - 1;
+    filled &= filled - 1;
+    OUT* target = out + uint64(bag) * stride;
+    const float by = group.from(share, bag);
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) {
+#pragma unroll
+      for (int i = 0; i < NUMBERS / 4; ++i) sum.part[p].part[i] = scaled(by, sum.part[p].part[i]);
+      write_piece(target + p * GROUP * NUMBERS, sum.part[p]);
+    }
+    clear(sum);
+  };
+
+  // Lanes behind the last key repeat it: rows that are read in vain, and added to nothing that is kept.
+  uint32 at = uint32(lane) < total ? lane : total - 1;
+  KEY next = stream(keys + at);
+  float next_factor = WEIGHTED ? key_weights[at] : 1.0f;
 #pragma unroll 1
-      for (int j = 0; j < GROUP && tile + j < stop; j += AHEAD) {
-        float4 v[AHEAD][PARTS];
+  for (uint32 tile = 0; tile < total; tile += GROUP) {
+    const KEY key = next;
+    const float factor = next_factor;
+    at = tile + GROUP + lane < total ? tile + GROUP + lane : total - 1;
+    next = stream(keys + at);
+    if (WEIGHTED) next_factor = key_weights[at];
+    // Bit k: key tile + k is the last one of its bag.
+    const uint32 last = own_end - 1 - tile;
+    const uint32 ends = group.any(length > 0 && last < GROUP ? 1u << last : 0u);
+#pragma unroll 1
+    for (int j = 0; j < GROUP && tile + j < total; j += WIDTH) {
+      uint4 bits[WIDTH][PARTS];
+      float by[WIDTH];
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-          const int64 row = __shfl_sync(members, key, j + i, GROUP);
-          if (tile + j + i < stop) {
+      for (int i = 0; i < WIDTH; ++i) {
+        const WEIGHT* row = row_of(rows, group.from(key, j + i));
+        by[i] = WEIGHTED ? group.from(factor, j + i) : 1.0f;
 #pragma unroll
-            for (int p = 0; p < PARTS; ++p) v[i][p] = read_4(rows + row * DIM + (p * GROUP + lane) * 4);
-          }
-        }
+        for (int p = 0; p < PARTS; ++p) bits[i][p] = read_16(row + p * GROUP * NUMBERS);
+      }
+      const uint32 here = ends >> j & ((2u << (WIDTH - 1)) - 1);
+      if (here == 0) {
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-          const float by = __shfl_sync(members, factor, j + i, GROUP);
-          if (tile + j + i < stop) {
-            while (tile + j + i >= bag_end) finish_bag();
+        for (int i = 0; i < WIDTH; ++i) add_row(sum, by[i], bits[i]);
+      } else {
 #pragma unroll
-            for (int p = 0; p < PARTS; ++p) {
-              sum[p] = WEIGHTED ? add_scaled(sum[p], by, v[i][p]) : add(sum[p], v[i][p]);
-            }
-          }
+        for (int i = 0; i < WIDTH; ++i) {
+          add_row(sum, by[i], bits[i]);
+          if (here >> i & 1) finish_bag();
         }
       }
     }
-    while (bag < end) finish_bag();
+  }
+}
+
+// out[b, place[t]] = sum over the bag, divided by its length where pooling is mean.
+KERNEL void __launch_bounds__(POOL_THREADS, POOL_BLOCKS) pool_bags(
+    const WEIGHT* __restrict__ weight, const int64* __restrict__ row_start, const KEY* __restrict__ keys,
+    const int64* __restrict__ offsets, const float* __restrict__ key_weights, const unsigned char* __restrict__ mean,
+    const int64* __restrict__ place, int num_rows, int num_tables, int num_places, OUT* __restrict__ out) {
+  const Group group;
+  const uint32 groups = gridDim.x * (blockDim.x / GROUP);
+  // Groups of one warp are neighbours, the warps of a block are far from each other.
+  uint32 turn = (threadIdx.x / LANES * gridDim.x + blockIdx.x) * (LANES / GROUP) + threadIdx.x % LANES / GROUP;
+  int64 table_begin = 0, table_ends = 0;
+#pragma unroll 1
+  for (int table = 0; table < num_tables; ++table) {
+    if (table % GROUP == 0) {  // lane l knows where table + l ends
+      const int known = table + group.lane + 1 < num_tables ? table + group.lane + 1 : num_tables;
+      table_ends = offsets[int64(known) * num_rows];
+    }
+    const int64 table_end = group.from(table_ends, table % GROUP);
+    int bits = 0;  // a task has 2^bits bags
+    while (2 << bits <= GROUP && (table_end - table_begin) << (bits + 1) <= int64(num_rows) * TASK) ++bits;
+    table_begin = table_end;
+    const int bags = 1 << bits;
+    const uint32 tasks = (num_rows + bags - 1) >> bits;
+    if (turn < tasks) {
+      const int64* own_offsets = offsets + int64(table) * num_rows;
+      const WEIGHT* rows = settled(weight + row_start[table] * DIM + group.lane * NUMBERS);
+      OUT* own_out = settled(out + place[table] * DIM + group.lane * NUMBERS);
+      const bool divide = mean[table] != 0;
+      const uint32 stride = num_places * DIM;
+#pragma unroll 1
+      for (; turn < tasks; turn += groups) {
+        const int first = int(turn) * bags;
+        pool_task(group, rows, keys, key_weights, own_offsets + first, num_rows - first < bags ? num_rows - first : bags,
+                  divide, stride, own_out + int64(first) * stride);
+      }
+    }
+    turn -= tasks;
   }
 }
 

@@ -12,9 +12,8 @@ from dlrm.nvrtc import Defines, c_type, load
 
 SOURCE = Path(__file__).with_name("lookup.cu")
 COPY_THREADS = 1024
-POOL_THREADS = 512
-POOL_BLOCKS = 2
-"""Blocks of a multiprocessor when bags are pooled."""
+POOL = {"POOL_THREADS": 384, "POOL_BLOCKS": 2, "AHEAD": 8, "TASK": 128}
+"""How bags are pooled, see ``lookup.cu``; ``benchmarks/gpu_variants.py`` times others."""
 
 
 def gather_pool(
@@ -41,12 +40,10 @@ def gather_pool(
         return
     if len(offsets) == 0:
         raise DeviceError("lookup: weighted keys come without offsets; give the kernel the bags' offsets")
-    kernel = load(SOURCE, "pool_bags", (*defines, ("WEIGHTED", int(len(key_weights) > 0))))
-    shape = (np.int64(num_rows), np.int32(num_tables), np.int32(num_places))
-    kernel(
-        kernel.multiprocessors * POOL_BLOCKS, POOL_THREADS,
-        weight, row_start, keys, offsets, key_weights, mean, place, *shape, out,
-    )  # fmt: skip
+    kernel = load(SOURCE, "pool_bags", (*defines, ("WEIGHTED", int(len(key_weights) > 0)), *POOL.items()))
+    shape = (np.int32(num_rows), np.int32(num_tables), np.int32(num_places))
+    blocks = kernel.multiprocessors * POOL["POOL_BLOCKS"]
+    kernel(blocks, POOL["POOL_THREADS"], weight, row_start, keys, offsets, key_weights, mean, place, *shape, out)
 
 
 def table_defines(weight: Any, keys: Any, out: Any) -> Defines:

@@ -84,7 +84,7 @@ template <typename T>
 DEVICE void put(T* target, float4 v, uint4 random) {
   const uint32 low = rounded(T(), v.x, random.x) | uint32(rounded(T(), v.y, random.y)) << 16;
   const uint32 high = rounded(T(), v.z, random.z) | uint32(rounded(T(), v.w, random.w)) << 16;
-  *reinterpret_cast<uint2*>(target) = make_uint2(low, high);
+  write_8(target, make_uint2(low, high));
 }
 
 // The formula of one column; `root` is a row-wise denominator.

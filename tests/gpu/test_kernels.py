@@ -102,7 +102,7 @@ def test_bags_are_pooled(
     t = Tables(rng, dim, num_rows, dtype, "int32")
     lengths = rng.integers(0, np.repeat([2, 101, 4, 1, 30], num_rows) + 1)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    keys = t.draw(rng, np.repeat(np.repeat(t.rows, num_rows), lengths)).astype(np.int32)
+    keys = t.draw(rng, np.repeat(np.repeat(t.rows, num_rows), lengths)).astype(rng.choice(["int32", "int64"]))
     factors = rng.uniform(-2, 2, len(keys)).astype(np.float32) if weighted else NO_WEIGHTS
     mean = rng.random(5) < 0.5
     out = poisoned(machine, (num_rows, 6, dim), "float32")

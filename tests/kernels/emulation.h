@@ -29,6 +29,14 @@ inline uint2 read_8(const void* address) { uint2 v; std::memcpy(&v, address, 8);
 inline uint4 stream_16(const void* address) { return read_16(address); }
 inline uint2 stream_8(const void* address) { return read_8(address); }
 
+inline int stream(const int* address) { return *address; }
+inline long long stream(const long long* address) { return *address; }
+inline void write_16(void* address, uint4 v) { std::memcpy(address, &v, 16); }
+inline void write_8(void* address, uint2 v) { std::memcpy(address, &v, 8); }
+
+template <typename T>
+T* settled(T* pointer) { return pointer; }
+
 // Numbers of 16 bits are for kernels that are not emulated.
 float half_to_float(unsigned short);
 unsigned pack_half(float, float);

@@ -176,6 +176,15 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   emulated::arrive_warp(mask);
   return votes;
 }
+inline unsigned any_bits(unsigned value) {
+  emulated::Warp& warp = emulated::warps[emulated::current / 32];
+  warp.given[emulated::current % 32] = value;
+  emulated::arrive_warp(0xffffffffu);
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) bits |= unsigned(warp.given[lane]);
+  emulated::arrive_warp(0xffffffffu);
+  return bits;
+}
 inline unsigned lanes_alike(unsigned value, int bits) {
   emulated::Warp& warp = emulated::warps[emulated::current / 32];
   value &= (1u << bits) - 1;

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dlrm.nvrtc import Defines
 from dlrm.philox_cuda import constants as philox_constants
+from embedding.lookup_cuda import POOL
 from pipeline.generator_cuda import constants
 
 VARIANTS: dict[str, tuple[Defines, ...]] = {
     "embedding/lookup.cu": (
-        (("DIM", 128), ("WEIGHT", "float"), ("KEY", "int"), ("OUT", "half_t"), ("WEIGHTED", 0)),
-        (("DIM", 48), ("WEIGHT", "half_t"), ("KEY", "int64"), ("OUT", "half_t"), ("WEIGHTED", 1)),
-        (("DIM", 8), ("WEIGHT", "bfloat_t"), ("KEY", "int"), ("OUT", "float"), ("WEIGHTED", 1)),
-        (("DIM", 256), ("WEIGHT", "float"), ("KEY", "int"), ("OUT", "bfloat_t"), ("WEIGHTED", 1)),
+        (("DIM", 128), ("WEIGHT", "float"), ("KEY", "int"), ("OUT", "half_t"), ("WEIGHTED", 0), *POOL.items()),
+        (("DIM", 128), ("WEIGHT", "half_t"), ("KEY", "int"), ("OUT", "half_t"), ("WEIGHTED", 0), *POOL.items()),
+        (("DIM", 48), ("WEIGHT", "half_t"), ("KEY", "int64"), ("OUT", "half_t"), ("WEIGHTED", 1), *POOL.items()),
+        (("DIM", 8), ("WEIGHT", "bfloat_t"), ("KEY", "int"), ("OUT", "float"), ("WEIGHTED", 1), *POOL.items()),
+        (("DIM", 256), ("WEIGHT", "float"), ("KEY", "int"), ("OUT", "bfloat_t"), ("WEIGHTED", 1), *POOL.items()),
     ),
     "embedding/sparse_optim.cu": (
         (("DIM", 128), ("KEY", "int"), ("GRAD", "half_t"), ("HOT", 26)),
