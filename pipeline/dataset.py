@@ -22,7 +22,7 @@ from pipeline.formats.raw import RawReader, RowFiles, Rows
 from pipeline.formats.record_files import DecodedRecords, RecordFiles, RecordSource, prefers_direct
 from pipeline.generated import SCHEME, GeneratedRecords, GeneratedRows, RowNumbers, parse_synthetic
 from pipeline.generator import DeviceRows
-from pipeline.manifest import Ceilings, FileInfo, Manifest, SplitInfo, TableInfo, read_manifest, row_words
+from pipeline.manifest import Ceilings, FileInfo, Manifest, SplitInfo, TableInfo, read_manifest, unit_of
 from pipeline.record_loader import RecordLoader
 from pipeline.writer import DatasetWriter
 
@@ -375,5 +375,4 @@ def _check_size(path: Path, file: FileInfo, manifest: Manifest) -> None:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; restore the file or prepare the data set again") from None
     if found != file.bytes:
-        row_bytes = 4 * row_words(manifest) if file.part == "rows" and manifest.layout != "parquet" else None
-        raise DataError(size_fault(path, found, file.bytes, row_bytes))
+        raise DataError(size_fault(path, found, file.bytes, unit_of(manifest, file.part)))

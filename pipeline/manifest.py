@@ -182,6 +182,16 @@ def row_words(manifest: Manifest) -> int:
     return words
 
 
+def unit_of(manifest: Manifest, part: str) -> tuple[int, str] | None:
+    """Bytes and name of what a file of a part is a sequence of; ``None``: files in another order (Parquet)."""
+    if manifest.layout == "parquet":
+        return None
+    keys = 8 if manifest.key_dtype == "int64" else 4
+    units = {"rows": 4 * row_words(manifest), "offsets": 8, "keys": keys, "weights": 4}
+    names = {"rows": "row", "offsets": "offset", "keys": "key", "weights": "weight"}
+    return units[part], names[part]
+
+
 def expected_bytes(manifest: Manifest, file: FileInfo) -> int | None:
     """Bytes that a file must have by its rows; ``None`` where they do not follow (Parquet; jagged keys and weights)."""
     if manifest.layout == "parquet":

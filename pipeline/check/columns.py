@@ -244,7 +244,7 @@ class BagTally:
                 int(np.count_nonzero(wrong)),
                 f"{place.at(at, 0)}: offset {offsets[at]} of table {self.table.name!r} after {before[at]} ends no bag "
                 f"of at most {self.table.hotness} among {self.keys} keys (the first is 0, none falls, the last is "
-                f"{self.keys}); prepare the data set again",
+                f"{self.keys}); prepare the data set again{reversed_hint(int(offsets[at]), 8, self.keys)}",
             )
         self._last = int(offsets[-1])
 

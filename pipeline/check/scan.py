@@ -18,7 +18,7 @@ from pipeline.check.counters import Counters
 from pipeline.check.stream import Stream, Work
 from pipeline.check.tally import GROUPS
 from pipeline.formats.batch import size_fault
-from pipeline.manifest import FileInfo, Manifest, SplitInfo, TableInfo, row_words
+from pipeline.manifest import FileInfo, Manifest, SplitInfo, TableInfo, row_words, unit_of
 
 _KEY_COST, _DENSE_COST, _LABEL_COST = 4.0, 2.0, 6.0
 """Nanoseconds of a value, by which tables are divided among threads."""
@@ -221,6 +221,5 @@ def _right_size(path: Path, file: FileInfo, manifest: Manifest, faults: Faults) 
         faults.add(1, f"{path}: {error.strerror or error}; restore the file or prepare the data set again")
         return False
     if size != file.bytes:
-        row_bytes = 4 * row_words(manifest) if file.part == "rows" else None
-        faults.add(1, size_fault(path, size, file.bytes, row_bytes))
+        faults.add(1, size_fault(path, size, file.bytes, unit_of(manifest, file.part)))
     return size == file.bytes

@@ -51,13 +51,13 @@ class MappedFile:
         data: its whole content, uint8, read-only.
     """
 
-    def __init__(self, path: Path, num_bytes: int, row_bytes: int | None = None) -> None:
+    def __init__(self, path: Path, num_bytes: int, unit: tuple[int, str] | None = None) -> None:
         """Map a file.
 
         Args:
             path: file.
             num_bytes: bytes that the manifest lists.
-            row_bytes: of a row, for messages.
+            unit: bytes and name of what it is a sequence of, for messages.
 
         Raises:
             DataError: it is missing, unreadable, truncated or oversized.
@@ -68,7 +68,7 @@ class MappedFile:
             with path.open("rb") as file:
                 found = path.stat().st_size
                 if found != num_bytes:
-                    raise DataError(size_fault(path, found, num_bytes, row_bytes))
+                    raise DataError(size_fault(path, found, num_bytes, unit))
                 if num_bytes:  # an empty file cannot be mapped
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
@@ -107,18 +107,21 @@ def release_pages(mapped: mmap.mmap | None, start: int, stop: int) -> None:
         mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
-def size_fault(path: Path, found: int, expected: int, row_bytes: int | None = None) -> str:
+def size_fault(path: Path, found: int, expected: int, unit: tuple[int, str] | None = None) -> str:
     """The sentence about a file that is not as long as its manifest says.
 
     Args:
         path: the file.
         found: its bytes.
         expected: those of the manifest.
-        row_bytes: of a row, where rows are of one length.
+        unit: bytes and name of what it is a sequence of, such as a row, where that is of one length.
     """
     kind, where = ("truncated", found) if found < expected else ("oversized", expected)
-    row = f" ({'cut' if found < expected else 'ends'} at row {where // row_bytes}, byte {where})" if row_bytes else ""
+    place = ""
+    if unit is not None:
+        size, name = unit
+        place = f" ({'cut' if found < expected else 'ends'} at {name} {where // size}, byte {where})"
     return (
-        f"{path}: {kind}, {found} bytes where the manifest needs {expected}{row}; copy the file again or prepare the "
+        f"{path}: {kind}, {found} bytes where the manifest needs {expected}{place}; copy the file again or prepare the "
         "data set again"
     )

@@ -163,9 +163,10 @@ def check_block(block: Block, schema: Schema, where: Where) -> Block:
     key = int(block.keys[row, column])
     if key == -1:
         raise DataError(f"{where(row, 'key', column)}: table {table.name!r} has no key (-1), but every row needs one")
+    hint = reversed_hint(key, 4, table.rows - 1) or reversed_hint(key, 8, table.rows - 1)
     raise DataError(
         f"{where(row, 'key', column)}: key {key} of table {table.name!r} lies outside its rows 0 .. {table.rows - 1}; "
-        f"correct the row or the table's rows{reversed_hint(key, 4, table.rows - 1)}"
+        f"correct the row or the table's rows{hint}"
     )
 
 

@@ -15,8 +15,9 @@ from dlrm.errors import DataError
 from embedding.jagged import Jagged
 from pipeline.formats import jagged_numba
 from pipeline.formats.batch import HostBatch, MappedFile
+from pipeline.formats.block import reversed_hint
 from pipeline.formats.raw import RowFiles, Rows
-from pipeline.manifest import Manifest, SplitInfo, TableInfo
+from pipeline.manifest import Manifest, SplitInfo, TableInfo, unit_of
 
 
 class _TableFiles:
@@ -24,7 +25,9 @@ class _TableFiles:
 
     def __init__(self, directory: Path, manifest: Manifest, split: SplitInfo, table: TableInfo) -> None:
         files = {
-            file.part: MappedFile(directory / file.path, file.bytes) for file in split.files if file.table == table.name
+            file.part: MappedFile(directory / file.path, file.bytes, unit_of(manifest, file.part))
+            for file in split.files
+            if file.table == table.name
         }
         self.table = table
         self.path = files["keys"].path
@@ -33,14 +36,16 @@ class _TableFiles:
         self.bounds: Rows = files["offsets"].view(np.int64)
         if self.bounds[0] != 0:
             raise DataError(
-                f"{self.bounds_path}: the first offset is {int(self.bounds[0])}, but bags start at key 0; prepare the "
-                "data set again"
+                f"{self.bounds_path}: row 0 (byte 0): the first offset is {int(self.bounds[0])}, but bags start at "
+                "key 0; prepare the data set again"
             )
         itemsize = np.dtype(manifest.key_dtype).itemsize
-        if files["keys"].data.size != int(self.bounds[-1]) * itemsize:
+        count, last = files["keys"].data.size // itemsize, int(self.bounds[-1])
+        if files["keys"].data.size != last * itemsize:
             raise DataError(
-                f"{self.path}: {files['keys'].data.size} bytes, but the last offset of {self.bounds_path} asks "
-                f"for {int(self.bounds[-1])} keys of {itemsize} bytes; prepare the data set again"
+                f"{self.path}: {files['keys'].data.size} bytes, but the last offset of {self.bounds_path} (byte "
+                f"{8 * (self.bounds.size - 1)}) asks for {last} keys of {itemsize} bytes; prepare the data set again"
+                + reversed_hint(last, 8, count)
             )
         self.keys: NDArray[Any] = files["keys"].view(manifest.key_dtype)
         self.weights: NDArray[Any] | None = None
@@ -59,6 +64,7 @@ class _TableFiles:
             raise DataError(
                 f"{self.bounds_path}: row {row} (byte {8 * row}): offsets {int(self.bounds[row])} and "
                 f"{int(self.bounds[row + 1])} are not a bag inside {self.keys.size} keys; prepare the data set again"
+                + reversed_hint(int(self.bounds[row + 1]), 8, self.keys.size)
             )
 
     def release(self, start: int, stop: int) -> None:
@@ -76,6 +82,7 @@ class _TableFiles:
                 f"{self.path}: row {rows[b]} (byte {self.keys.itemsize * place}): key {self.keys[place]} of table "
                 f"{self.table.name!r} lies outside its rows 0 .. {self.table.rows - 1}; correct the row or the "
                 "table's rows in dataset.json"
+                + reversed_hint(int(self.keys[place]), self.keys.itemsize, self.table.rows - 1)
             )
         if weights is not None:
             b, place = jagged_numba.copy_weights(self.bounds, self.weights, rows, starts, weights)

@@ -37,7 +37,7 @@ class RowFiles:
         self._manifest = manifest
         self._row_bytes = 4 * row_words(manifest)
         infos = [file for file in split.files if file.part == "rows"]
-        self._files = [MappedFile(directory / file.path, file.bytes, self._row_bytes) for file in infos]
+        self._files = [MappedFile(directory / file.path, file.bytes, (self._row_bytes, "row")) for file in infos]
         self._starts: Rows = np.cumsum([0, *(file.rows for file in infos)], dtype=np.int64)
         self._words = [
             file.view(np.int32).reshape(info.rows, -1 if info.rows else row_words(manifest))

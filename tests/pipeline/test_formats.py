@@ -296,7 +296,9 @@ def test_damaged_jagged_files_are_named(tmp_path: Path) -> None:
         load_dataset(tmp_path).split("train")
     poke(offsets, 3, 0, 3, 2)
     poke(offsets, 0, 0, 1, 2)
-    with pytest.raises(DataError, match=r"000\.offsets\.bin: the first offset is 1, but bags start at key 0"):
+    with pytest.raises(
+        DataError, match=r"000\.offsets\.bin: row 0 \(byte 0\): the first offset is 1, but bags start at key 0"
+    ):
         load_dataset(tmp_path).split("train")
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.convert import convert
+from pipeline.formats.interchange import WriteOptions
 from pipeline.manifest import TableInfo
 from pipeline.writer import DatasetWriter
 
@@ -62,3 +64,16 @@ def prepared(tmp_path: Path, rng: np.random.Generator) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def converted(prepared: Any, tmp_path: Path) -> Callable[..., Path]:
+    """A folder of one format, its split ``train`` with 50 rows."""
+
+    def make(name: str, *, write: WriteOptions | None = None, **options: Any) -> Path:
+        source = prepared(**options)
+        losses = frozenset({"fp16-dense"} if name == "split-binary" else ())
+        convert(source, tmp_path / "out", to=name, write=write, allow=losses)  # type: ignore[arg-type]
+        return tmp_path / "out"
+
+    return make

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from pipeline.convert import detect
+from dlrm.errors import DataError
+from pipeline.convert import detect, format_named
 from pipeline.formats.block import Block, Schema
 from pipeline.formats.interchange import ReadOptions
 
@@ -53,3 +55,27 @@ def assert_same(found: Rows, wanted: Rows) -> None:
     assert found.bags == wanted.bags
     np.testing.assert_array_equal(found.dense, wanted.dense)
     assert found.dense.dtype == wanted.dense.dtype
+
+
+def read_all(name: str, path: Path, **options: Any) -> None:
+    """Read every row."""
+    source = format_named(name).read(path, ReadOptions(**options))
+    for split in source.splits:
+        for _ in source.blocks(split):
+            pass
+
+
+def refused(name: str, path: Path, message: str, **options: Any) -> None:
+    with pytest.raises(DataError, match=message):
+        read_all(name, path, **options)
+
+
+def poke(path: Path, byte: int, content: bytes) -> None:
+    """Overwrite bytes of a file."""
+    old = path.read_bytes()
+    path.write_bytes(old[:byte] + content + old[byte + len(content) :])
+
+
+def swap(path: Path, dtype: str) -> None:
+    """Turn the bytes of every value round."""
+    np.fromfile(path, dtype).byteswap().tofile(path)

@@ -1,106 +1,20 @@
-"""Damaged files of every format are refused with one sentence that names file, row and byte."""
+"""Damaged files of Norm, split binary and Criteo text are refused with one sentence that names file, row and byte."""
 
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import struct
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
-from format_cases import MULTI_HOT, read_rows
+from format_cases import MULTI_HOT, poke, read_all, read_rows, refused, swap
 
 from dlrm.errors import DataError
-from pipeline.convert import convert, format_named
+from pipeline.convert import format_named
 from pipeline.formats.interchange import ReadOptions, WriteOptions
-
-
-def read_all(name: str, path: Path, **options: Any) -> None:
-    """Read every row."""
-    source = format_named(name).read(path, ReadOptions(**options))
-    for split in source.splits:
-        for _ in source.blocks(split):
-            pass
-
-
-def refused(name: str, path: Path, message: str, **options: Any) -> None:
-    with pytest.raises(DataError, match=message):
-        read_all(name, path, **options)
-
-
-def poke(path: Path, byte: int, content: bytes) -> None:
-    """Overwrite bytes of a file."""
-    old = path.read_bytes()
-    path.write_bytes(old[:byte] + content + old[byte + len(content) :])
-
-
-def swap(path: Path, dtype: str) -> None:
-    """Turn the bytes of every value round."""
-    np.fromfile(path, dtype).byteswap().tofile(path)
-
-
-@pytest.fixture
-def converted(prepared: Any, tmp_path: Path) -> Callable[..., Path]:
-    """A folder of one format, its split ``train`` with 50 rows."""
-
-    def make(name: str, *, write: WriteOptions | None = None, **options: Any) -> Path:
-        source = prepared(**options)
-        losses = frozenset({"fp16-dense"} if name == "split-binary" else ())
-        convert(source, tmp_path / "out", to=name, write=write, allow=losses)  # type: ignore[arg-type]
-        return tmp_path / "out"
-
-    return make
-
-
-ROW = 4 + 3 * 4 + 4 * 4  # bytes of a Raw row of one-hot keys
-
-
-@pytest.mark.parametrize(
-    ("byte", "content", "message"),
-    [
-        (7 * ROW, b"\x02\0\0\0", rf"train\.bin: row 7 \(byte {7 * ROW}\): label 2 is neither 0 nor 1"),
-        (7 * ROW, b"\0\0\0\x01", rf"row 7 \(byte {7 * ROW}\): label 16777216 .*is the file big-endian"),
-        (7 * ROW + 8, b"\0\0\xc0\x7f", rf"row 7 \(byte {7 * ROW + 8}\): dense column 'd1' is nan"),
-        (7 * ROW + 12, b"\0\0\x80\xff", rf"row 7 \(byte {7 * ROW + 12}\): dense column 'd2' is -inf"),
-        (
-            7 * ROW + 20,
-            b"\x64\0\0\0",
-            rf"row 7 \(byte {7 * ROW + 20}\): key 100 of table 'T1' lies outside .* 0 \.\. 99",
-        ),
-        (7 * ROW + 20, b"\0\0\0\x63", rf"row 7 \(byte {7 * ROW + 20}\): key 1660944384 .*big-endian"),
-        (7 * ROW + 28, b"\xff\xff\xff\xff", rf"row 7 \(byte {7 * ROW + 28}\): table 'T3' has no key \(-1\)"),
-    ],
-)
-def test_raw(converted: Any, byte: int, content: bytes, message: str) -> None:
-    folder = converted("raw")
-    poke(folder / "train.bin", byte, content)
-    refused("raw", folder, message)
-
-
-def test_raw_of_another_size(converted: Any) -> None:
-    folder = converted("raw")
-    content = (folder / "train.bin").read_bytes()
-    for cut, kind in ((content[:-1], "truncated"), (content + b"\0", "oversized")):
-        (folder / "train.bin").write_bytes(cut)
-        place = rf"\((cut at row 49, byte {50 * ROW - 1}|ends at row 50, byte {50 * ROW})\)"
-        message = rf"train\.bin: {kind}, {len(cut)} bytes where the manifest needs {len(content)} {place}"
-        refused("raw", folder, message)
-
-
-def test_raw_with_wide_keys_and_weights(converted: Any) -> None:
-    folder = converted("raw", write=WriteOptions(key_dtype="int64"), shape=((9, 2),), weighted=True)
-    row = 4 + 3 * 4 + 2 * 8 + 2 * 4
-    poke(folder / "train.bin", 2 * row + 24, struct.pack("<q", 2**32))
-    refused("raw", folder, rf"row 2 \(byte {2 * row + 24}\): key 4294967296 of table 'T0'")
-    poke(folder / "train.bin", 2 * row + 24, struct.pack("<q", 3))
-    poke(folder / "train.bin", 2 * row + 36, struct.pack("<f", np.inf))
-    refused("raw", folder, rf"row 2 \(byte {2 * row + 36}\): a weight of table 'T0' is not finite")
 
 
 def norm_rows(path: Path, *, check_sum: bool, num_dense: int = 3, slots: int = 4) -> list[int]:
@@ -261,157 +175,6 @@ def test_feature_specification(converted: Any, old: str, new: str, message: str)
     assert old in text
     path.write_text(text.replace(old, new))
     refused("split-binary", folder, message)
-
-
-def npy_start(path: Path) -> int:
-    return path.read_bytes().index(b"\n") + 1
-
-
-def test_torchrec(converted: Any) -> None:
-    folder = converted("torchrec-npy")
-    dense, sparse, labels = (folder / f"train_{part}.npy" for part in ("dense", "sparse", "labels"))
-    starts = {path: npy_start(path) for path in (dense, sparse, labels)}
-    for path, byte, content, message in (
-        (labels, 28, struct.pack("<i", 3), rf"train_labels\.npy: row 7 \(byte {starts[labels] + 28}\): label 3"),
-        (
-            dense,
-            88,
-            struct.pack("<f", np.inf),
-            rf"train_dense\.npy: row 7 \(byte {starts[dense] + 88}\): dense column 'd1'",
-        ),
-        (
-            sparse,
-            116,
-            struct.pack("<i", 100),
-            rf"train_sparse\.npy: row 7 \(byte {starts[sparse] + 116}\): key 100 .*'T1'",
-        ),
-        (sparse, 116, struct.pack("<i", -7), rf"row 7 \(byte {starts[sparse] + 116}\): key -7 of table 'T1'"),
-        (sparse, 116, struct.pack(">i", 99), r"key 1660944384 of table 'T1' .*big-endian"),
-    ):
-        good = path.read_bytes()
-        poke(path, starts[path] + byte, content)
-        refused("torchrec-npy", folder, message)
-        path.write_bytes(good)
-    good = sparse.read_bytes()
-    for content, message in (
-        (good[:-1], rf"train_sparse\.npy: truncated, {len(good) - 1} bytes where .* \(row 49, byte {len(good) - 1}\)"),
-        (good + b"\0", rf"train_sparse\.npy: oversized, {len(good) + 1} bytes where .* \(row 50, byte {len(good)}\)"),
-        (b"PNG" + good[3:], r"train_sparse\.npy: bad header \(byte 0\)"),
-        (good[:20], r"train_sparse\.npy: bad header \(byte 0\)"),
-        (good.replace(b"<i4", b">i4", 1), r"train_sparse\.npy: values of type >i4 are big-endian"),
-        (good.replace(b"<i4", b"<f4", 1), r"train_sparse\.npy: array of float32 \[50, 4\], but must be of kind i "),
-        (good.replace(b"(50, 4)", b"(40, 5)", 1), r"array of int32 \[40, 5\], but must be .* shape \[50, any\]"),
-    ):
-        sparse.write_bytes(content)
-        refused("torchrec-npy", folder, message)
-    sparse.unlink()
-    refused("torchrec-npy", folder, r"train_sparse_multi_hot\.npz")
-
-
-def test_torchrec_multi_hot(converted: Any) -> None:
-    folder = converted("torchrec-npy", shape=MULTI_HOT)
-    path = folder / "train_sparse_multi_hot.npz"
-    with zipfile.ZipFile(path) as archive:
-        member = archive.getinfo("2.npy").header_offset
-    start = member + 30 + len("2.npy")
-    good = path.read_bytes()
-    start += good[start:].index(b"\n") + 1
-    poke(path, start + 4 * (7 * 5 + 3), b"\xff\xff\xff\x7f")
-    message = rf"\(Bad CRC-32 for file '2\.npy', which starts at byte {member}\)"
-    refused("torchrec-npy", folder, rf"multi_hot\.npz: damaged or truncated .npz {message}")
-    path.write_bytes(good[: len(good) // 2])
-    refused("torchrec-npy", folder, r"multi_hot\.npz")
-
-
-def test_facebook(prepared: Any, tmp_path: Path) -> None:
-    convert(prepared(dense_dtype="int32", least=0), tmp_path / "out", to="facebook-npz")
-    (tmp_path / "out" / "test.npz").unlink()
-    path = tmp_path / "out" / "train.npz"
-    good = dict(np.load(path).items())
-
-    def changed(name: str, index: Any, value: Any, dtype: str = "<i4") -> None:
-        array = good[name].astype(dtype)
-        array[index] = value
-        np.savez(path, **{**good, name: array})
-
-    start = 128  # of a .npy file whose header is short
-    for name, index, value, dtype, message in (
-        ("y", 7, 2, "<i4", rf"train\.npz: y: row 7 \(byte {start + 28}\): label 2 is neither"),
-        ("X_int", (7, 1), -1, "<i4", rf"train\.npz: X_int: row 7 \(byte {start + 88}\): count -1 is negative"),
-        ("X_int", (7, 1), 0.5, "<f8", rf"X_int: row 7 \(byte {start + 176}\): 0.5 is no whole number"),
-        ("X_int", (7, 1), np.nan, "<f8", r"X_int: row 7 .*: nan is no whole number"),
-        ("X_int", (7, 1), 2**31, "<i8", rf"X_int: row 7 \(byte {start + 176}\): 2147483648 is no whole number of 32"),
-        ("X_cat", (7, 1), 100, "<i4", rf"X_cat: row 7 \(byte {start + 116}\): key 100 of table 'T1' lies outside"),
-        ("X_cat", (7, 1), 5, ">i4", r"X_cat: values of type >i4 are big-endian"),
-    ):
-        changed(name, index, value, dtype)
-        refused("facebook-npz", tmp_path / "out", message)
-    np.savez(path, X_int=good["X_int"], X_cat=good["X_cat"][:-1], y=good["y"])
-    refused("facebook-npz", tmp_path / "out", r"X_cat: array of int32 \[49, 4\], but must be .* \[50, any\]")
-    np.savez(path, X_int=good["X_int"], y=good["y"])
-    refused("facebook-npz", tmp_path / "out", r"no \.npz file with X_int, X_cat and y")
-    np.savez_compressed(path, **good)
-    with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo("X_cat.npy")
-    poke(path, info.header_offset + 30 + len("X_cat.npy") + 20 + info.compress_size // 2, b"\x55\xaa\x55\xaa")
-    refused("facebook-npz", tmp_path / "out", r"train\.npz: (damaged or truncated .npz|X_cat: bad header)")
-
-
-def test_parquet(converted: Any) -> None:
-    folder = converted("parquet", write=WriteOptions(rows_per_file=20), shape=MULTI_HOT)
-    path = folder / "train" / "1.parquet"
-    frame = pl.read_parquet(path, glob=False)
-
-    def put(column: str, values: Any) -> None:
-        frame.with_columns(pl.Series(column, values)).write_parquet(path)
-
-    labels, dense, lists = (frame[name].to_list() for name in ("label", "d1", "T0"))
-    for column, values, message in (
-        ("label", [2.0, *labels[1:]], r"1\.parquet: row 0: label -1 is neither 0 nor 1"),
-        ("label", [*labels[:7], None, *labels[8:]], r"1\.parquet: row 7: column 'label' is null"),
-        ("d1", [*dense[:7], float("nan"), *dense[8:]], r"1\.parquet: row 7: dense column 'd1' is nan"),
-        ("d1", [*dense[:7], 0.1, *dense[8:]], r"row 7: dense column 'd1' is .*0.1.*, which 32 bits do not hold"),
-        ("T0", [*lists[:7], [1, 1000], *lists[8:]], r"row 7: key 1000 of table 'T0' lies outside its rows 0 \.\. 999"),
-        ("T0", [*lists[:7], [1, -2], *lists[8:]], r"row 7: key -2 of table 'T0'"),
-        ("T0", [*lists[:7], [1, 2, 3, 4], *lists[8:]], r"row 7: 4 keys in column 'T0', but .* at most 3"),
-        ("T0", [*lists[:7], [1, None], *lists[8:]], r"1\.parquet: row 7: a key in a list of column 'T0' is null"),
-        ("T0", [*lists[:7], None, *lists[8:]], r"row 7: column 'T0' is null"),
-        ("T1", ["a"] * 20, r"1\.parquet: column 'T1' has type String"),
-    ):
-        put(column, values)
-        refused("parquet", folder, message)
-    frame[:-1].write_parquet(path)
-    refused("parquet", folder, r"1\.parquet: 19 rows, but .*_metadata\.json says 20")
-    frame.drop("T2").write_parquet(path)
-    refused("parquet", folder, r"1\.parquet: no column 'T2', only label")
-    path.write_bytes(path.read_bytes()[:-9])
-    refused("parquet", folder, r"1\.parquet: not a readable Parquet file")
-    path.unlink()
-    refused("parquet", folder, r"1\.parquet: no such file")
-
-
-def test_parquet_metadata(converted: Any) -> None:
-    folder = converted("parquet")
-    path = folder / "train" / "_metadata.json"
-    values = json.loads(path.read_text())
-    for change, message in (
-        ({"labels": []}, r"_metadata\.json: labels \[\]; Crosslane trains on one label"),
-        ({"cats": "C1"}, r"_metadata\.json: cats must be a list of objects"),
-        ({"conts": [{"col_name": "d9", "index": 1}]}, r"0\.parquet: no column 'd9'"),
-    ):
-        path.write_text(json.dumps({**values, **change}))
-        refused("parquet", folder, message)
-    path.write_text("{")
-    refused("parquet", folder, r"_metadata\.json: not a Parquet data set's metadata")
-
-
-def test_doubles_are_rounded_where_that_is_allowed(converted: Any) -> None:
-    folder = converted("parquet")
-    path = folder / "train" / "0.parquet"
-    frame = pl.read_parquet(path, glob=False).with_columns(d1=pl.Series([0.1] * 50, dtype=pl.Float64))
-    frame.write_parquet(path)
-    found = read_rows(folder, allow=frozenset({"fp32-dense"}))
-    np.testing.assert_array_equal(found.dense[:, 1], np.float32(0.1))
 
 
 GOOD = "\t".join(["1", *["5"] * 13, *["0000000a"] * 26])
