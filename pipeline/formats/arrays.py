@@ -24,8 +24,11 @@ from numpy.typing import NDArray
 
 from dlrm.errors import DataError
 from pipeline.formats.batch import release_pages
+from pipeline.formats.npz_place import npz_place
 
 _COPIED_BYTES = 1 << 20
+_END_BYTES, _MOST_COMMENT = 22, 0xFFFF
+"""Of the record that ends a .zip file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +140,12 @@ def open_npz(path: Path, names: Sequence[str]) -> dict[str, StoredArray]:
         names: members, without ``.npy``.
 
     Raises:
-        DataError: it is missing or no .npz file, a member is missing, or its CRC-32 is wrong.
+        DataError: it is missing, no .npz file, truncated or oversized, a member is missing, or its CRC-32 is wrong.
     """
     found, name = {}, ""
     try:
         with zipfile.ZipFile(path) as archive:
+            _refuse_more(path)
             for name in names:
                 with archive.open(f"{name}.npy") as packed, tempfile.TemporaryFile() as plain:
                     shutil.copyfileobj(packed, plain, _COPIED_BYTES)
@@ -152,20 +156,23 @@ def open_npz(path: Path, names: Sequence[str]) -> dict[str, StoredArray]:
         raise DataError(f"{path}: no array {name!r} in it, only {', '.join(npz_names(path)) or 'none'}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise DataError(
-            f"{path}: damaged or truncated .npz ({error}{_member_byte(path, name)}); copy the file again"
+            f"{path}: damaged or truncated .npz ({error}{npz_place(path, name)}); copy the file again"
         ) from None
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
     return found
 
 
-def _member_byte(path: Path, name: str) -> str:
-    """Where an array of a .npz file starts; nothing where its directory cannot be read."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return f", which starts at byte {archive.getinfo(f'{name}.npy').header_offset}"
-    except (KeyError, zipfile.BadZipFile, OSError):
-        return ""
+def _refuse_more(path: Path) -> None:
+    """Refuse a .npz file that goes on behind its directory, which zipfile would take no notice of."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - _END_BYTES - _MOST_COMMENT))
+        tail = file.read()
+    end = tail.rfind(b"PK\x05\x06")
+    stop = size - len(tail) + end + _END_BYTES + int.from_bytes(tail[end + 20 : end + 22], "little")
+    if end >= 0 and stop < size:
+        raise DataError(f"{path}: oversized, {size} bytes where its directory ends at byte {stop}; copy the file again")
 
 
 def npz_names(path: Path) -> list[str]:
@@ -175,6 +182,11 @@ def npz_names(path: Path) -> list[str]:
             return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
     except (zipfile.BadZipFile, OSError):
         return []
+
+
+def is_damaged_npz(path: Path) -> bool:
+    """Whether a file that is called .npz cannot be opened as one."""
+    return path.suffix == ".npz" and not zipfile.is_zipfile(path)
 
 
 class NpyWriter:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dlrm.errors import DataError
-from pipeline.formats.arrays import NpyWriter, StoredArray, largest_keys, npz_names, open_npz, write_npz
+from pipeline.formats.arrays import NpyWriter, StoredArray, is_damaged_npz, largest_keys, npz_names, open_npz, write_npz
 from pipeline.formats.block import Block, DenseKind, Schema, check_block, make_block, read_sidecar, write_sidecar
 from pipeline.formats.interchange import Fit, Loss, ReadOptions, WriteOptions, cannot_hold, key_dtype_of, tables_of
 from pipeline.formats.names import day_order, split_name
@@ -217,7 +217,12 @@ class FacebookNpz:
 def _files(path: Path) -> dict[str, list[Path]]:
     """The files of each split, in order."""
     candidates = [path] if path.is_file() else list(path.glob("*.npz"))
-    ours = [file for file in candidates if file.suffix == ".npz" and {_INT, _CAT, _LABEL} <= set(npz_names(file))]
+    # One that is damaged counts as well: it is refused when it is opened, where a day of many would go missing unseen.
+    ours = [
+        file
+        for file in candidates
+        if file.suffix == ".npz" and ({_INT, _CAT, _LABEL} <= set(npz_names(file)) or is_damaged_npz(file))
+    ]
     if path.is_file():
         return {"train": ours} if ours else {}
     files: dict[str, list[Path]] = {}

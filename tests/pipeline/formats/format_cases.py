@@ -14,7 +14,8 @@ import pytest
 from dlrm.errors import DataError
 from pipeline.convert import detect, format_named
 from pipeline.formats.block import Block, Schema
-from pipeline.formats.interchange import ReadOptions
+from pipeline.formats.interchange import ReadOptions, WriteOptions
+from pipeline.manifest import TableInfo
 
 ONE_HOT = ((1000, 1), (100, 1), (3, 1), (70_000, 1))
 MULTI_HOT = ((1000, 3), (50, 1), (70_000, 5))
@@ -79,3 +80,23 @@ def poke(path: Path, byte: int, content: bytes) -> None:
 def swap(path: Path, dtype: str) -> None:
     """Turn the bytes of every value round."""
     np.fromfile(path, dtype).byteswap().tofile(path)
+
+
+def bytes_of(text: str) -> bytes:
+    """Bytes of lines of hexadecimal digits; what follows ``#`` is a comment."""
+    return bytes.fromhex("".join(line.split("#")[0] for line in text.splitlines()))
+
+
+def write_block(name: str, folder: Path, schema: Schema, block: Any, **options: Any) -> None:
+    """Write one block as the split ``train``."""
+    folder.mkdir()
+    sink = format_named(name).write(folder, schema, WriteOptions(**options))
+    sink.write("train", block)
+    sink.finish()
+    sink.close()
+
+
+def schema_of(dense: Any, num_dense: int, *shape: tuple[int, int], **fields: Any) -> Schema:
+    tables = tuple(TableInfo(name=f"C{t + 1}", rows=rows, hotness=count) for t, (rows, count) in enumerate(shape))
+    names = tuple(f"I{n + 1}" for n in range(num_dense))
+    return Schema(name="fixture", dense_names=names, dense=dense, tables=tables, **fields)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from format_cases import MULTI_HOT, poke, refused
 
-from pipeline.convert import convert
+from dlrm.errors import DataError
+from pipeline.convert import convert, detect
 
 
 def npy_start(path: Path) -> int:
@@ -69,8 +71,12 @@ def test_torchrec_multi_hot(converted: Any) -> None:
     poke(path, start + 4 * (7 * 5 + 3), b"\xff\xff\xff\x7f")
     message = rf"\(Bad CRC-32 for file '2\.npy', which starts at byte {member}\)"
     refused("torchrec-npy", folder, rf"multi_hot\.npz: damaged or truncated .npz {message}")
-    path.write_bytes(good[: len(good) // 2])
-    refused("torchrec-npy", folder, r"multi_hot\.npz")
+    end = start + 4 * (7 * 5 + 3) + 1
+    path.write_bytes(good[:end])
+    message = rf"multi_hot\.npz: damaged or truncated .*; it ends at byte {end}, in row 7 of array '2'\)"
+    refused("torchrec-npy", folder, message)
+    path.write_bytes(good + b"more")
+    refused("torchrec-npy", folder, rf"multi_hot\.npz: oversized, {len(good) + 4} bytes .* ends at byte {len(good)}")
 
 
 def test_facebook(prepared: Any, tmp_path: Path) -> None:
@@ -105,3 +111,55 @@ def test_facebook(prepared: Any, tmp_path: Path) -> None:
         info = archive.getinfo("X_cat.npy")
     poke(path, info.header_offset + 30 + len("X_cat.npy") + 20 + info.compress_size // 2, b"\x55\xaa\x55\xaa")
     refused("facebook-npz", tmp_path / "out", r"train\.npz: (damaged or truncated .npz|X_cat: bad header)")
+
+
+NPZ = {
+    "X_int": np.arange(60, dtype=np.int32).reshape(20, 3),
+    "X_cat": np.arange(80, dtype=np.int32).reshape(20, 4) % 9,
+    "y": np.arange(20, dtype=np.int32) % 2,
+}
+
+
+def test_npz_that_is_cut_short_names_array_row_and_byte(tmp_path: Path, rng: np.random.Generator) -> None:
+    path = tmp_path / "day_1.npz"
+    np.savez(path, **NPZ)
+    good = path.read_bytes()
+    for name, array in NPZ.items():
+        row = int(rng.integers(0, 20))
+        start = good.index(b"\x93NUMPY", good.index(f"{name}.npy".encode())) + 128  # behind the header
+        end = start + row * array.strides[0] + 3
+        path.write_bytes(good[:end])
+        message = (
+            rf"day_1\.npz: damaged or truncated \.npz \(.*; it ends at byte {end}, in row {row} of array '{name}'\)"
+        )
+        refused("facebook-npz", tmp_path, message)
+        refused("facebook-npz", path, message)
+    directory = good.index(b"PK\x01\x02")
+    path.write_bytes(good[: directory + 20])
+    refused(
+        "facebook-npz", path, rf"day_1\.npz: .*; behind array 'y' \(byte {directory}\) something is missing or wrong"
+    )
+    for content in (b"", b"PNG" + good[3:directory]):
+        path.write_bytes(content)
+        refused("facebook-npz", path, r"day_1\.npz: damaged or truncated .*bad header at byte 0")
+    path.write_bytes(good + b"\0")
+    message = rf"day_1\.npz: oversized, {len(good) + 1} bytes where its directory ends at byte {len(good)}"
+    refused("facebook-npz", path, message)
+
+    np.savez_compressed(path, **NPZ)
+    good = path.read_bytes()
+    end = good.index(b"y.npy") - 35
+    path.write_bytes(good[:end])
+    refused("facebook-npz", path, rf"day_1\.npz: .*; it ends at byte {end}, in array 'X_cat'\)")
+
+
+def test_a_damaged_day_is_not_left_out(tmp_path: Path) -> None:
+    """The rows of the others alone would look like a whole set."""
+    path = tmp_path / "day_1.npz"
+    np.savez(path, **NPZ)
+    (tmp_path / "day_0.npz").write_bytes(path.read_bytes())
+    path.write_bytes(path.read_bytes()[:500])
+    assert detect(tmp_path).name == "facebook-npz"
+    with pytest.raises(DataError, match=r"day_1\.npz: damaged or truncated"):
+        convert(tmp_path, tmp_path.with_name("out"), to="raw")
+    assert not tmp_path.with_name("out").exists()

@@ -7,42 +7,20 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
-from format_cases import read_rows
+from format_cases import bytes_of, read_rows, schema_of, write_block
 
 from pipeline.convert import convert, detect, format_named
 from pipeline.dataset import load_dataset
-from pipeline.formats.block import MISSING_COUNT, Schema, make_block
-from pipeline.formats.interchange import ReadOptions, WriteOptions
-from pipeline.manifest import TableInfo
+from pipeline.formats.block import MISSING_COUNT, make_block
+from pipeline.formats.interchange import ReadOptions
 
 LINE = (
     "1\t5\t\t-1\t0\t2147483647\t7\t\t\t3\t1\t\t0\t12\t"
     "68fd1e64\t80e26c9b\tffffffff\t\t00000000" + "\t0000000a" * 20 + "\t\n"
 )
-
-
-def bytes_of(text: str) -> bytes:
-    """Bytes of lines of hexadecimal digits; what follows ``#`` is a comment."""
-    return bytes.fromhex("".join(line.split("#")[0] for line in text.splitlines()))
-
-
-def write_block(name: str, folder: Path, schema: Schema, block: Any, **options: Any) -> None:
-    """Write one block as the split ``train``."""
-    folder.mkdir()
-    sink = format_named(name).write(folder, schema, WriteOptions(**options))
-    sink.write("train", block)
-    sink.finish()
-    sink.close()
-
-
-def schema_of(dense: Any, num_dense: int, *shape: tuple[int, int], **fields: Any) -> Schema:
-    tables = tuple(TableInfo(name=f"C{t + 1}", rows=rows, hotness=count) for t, (rows, count) in enumerate(shape))
-    names = tuple(f"I{n + 1}" for n in range(num_dense))
-    return Schema(name="fixture", dense_names=names, dense=dense, tables=tables, **fields)
 
 
 def test_criteo_text(tmp_path: Path) -> None:
@@ -55,39 +33,6 @@ def test_criteo_text(tmp_path: Path) -> None:
     convert(tmp_path / "day_0", tmp_path / "raw", to="raw")
     convert(tmp_path / "raw", tmp_path / "back", to="criteo-tsv")
     assert (tmp_path / "back" / "train.tsv").read_text() == LINE
-
-
-RAW_COUNTS = bytes_of("""
-    01 00 00 00                # label
-    05 00 00 00  ff ff ff ff   # two counts, the second missing
-    02 00 00 00  07 00 00 00   # C1, C2
-    00 00 00 00
-    00 00 00 00  ff ff ff 7f
-    00 00 00 00  08 00 00 00
-""")
-RAW_FLOATS = bytes_of("""
-    00 00 80 3f                                        # label 1.0 (float_label_dense)
-    00 00 00 3f  00 00 20 c0                           # 0.5, -2.5
-    02 00 00 00 00 00 00 00                            # C1
-    07 00 00 00 00 00 00 00  05 00 00 00 01 00 00 00   # C2: 7 and 2^32 + 5
-""")
-
-
-def test_raw_of_hugectr(tmp_path: Path) -> None:
-    schema = schema_of("int32", 2, (3, 1), (9, 1))
-    block = make_block(np.array([1, 0]), np.array([[5, -1], [0, 2**31 - 1]]), np.array([[2, 7], [0, 8]]))
-    write_block("raw", tmp_path / "counts", schema, block)
-    assert (tmp_path / "counts" / "train.bin").read_bytes() == RAW_COUNTS
-    batch = load_dataset(tmp_path / "counts").split("train").read(slice(None))
-    np.testing.assert_allclose(batch.dense, np.log([[6, 1], [1, 2.0**31]]), rtol=1e-7)
-    assert read_rows(tmp_path / "counts").bags == [[[2], [7]], [[0], [8]]]
-
-    schema = schema_of("float32", 2, (3, 1), (2**33, 2), key_dtype="int64")
-    block = make_block(np.array([1]), np.array([[0.5, -2.5]]), np.array([[2, 7, 2**32 + 5]]))
-    write_block("raw", tmp_path / "floats", schema, block, label_dtype="float32")
-    assert (tmp_path / "floats" / "train.bin").read_bytes() == RAW_FLOATS
-    found = read_rows(tmp_path / "floats")
-    assert (found.labels, found.dense.tolist(), found.bags) == ([1], [[0.5, -2.5]], [[[2], [7, 2**32 + 5]]])
 
 
 NORM_HEADER = """
@@ -262,6 +207,38 @@ NPZ = {
     "y.npy": npy_file("<i4", "(2,)", bytes_of("01 00 00 00  00 00 00 00")),
     "counts.npy": npy_file("<i4", "(3,)", bytes_of("03 00 00 00  0a 00 00 00  02 00 00 00")),
 }
+
+
+MULTI_HOT = {
+    "0.npy": npy_file("<i4", "(2, 2)", bytes_of("02 00 00 00 01 00 00 00  00 00 00 00 02 00 00 00")),
+    "1.npy": npy_file("<i4", "(2, 1)", bytes_of("07 00 00 00  ff ff 00 00")),
+    "2.npy": npy_file(
+        "<i4",
+        "(2, 3)",
+        bytes_of("""
+        00 00 00 00 00 00 00 00 01 00 00 00   # a key may stand twice
+        03 00 00 00 02 00 00 00 01 00 00 00
+    """),
+    ),
+}
+
+
+def test_multi_hot_npz_of_torchrec(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "day_0_dense.npy").write_bytes(DENSE_NPY)
+    (tmp_path / "set" / "day_0_labels.npy").write_bytes(LABELS_NPY)
+    (tmp_path / "set" / "day_0_sparse_multi_hot.npz").write_bytes(zip_file(MULTI_HOT))
+    assert detect(tmp_path / "set").name == "torchrec-npy"
+    found = read_rows(tmp_path / "set")
+    assert (found.labels, found.dense.tolist()) == ([1, 0], [[0.5, -2.5], [0, 1]])
+    assert found.bags == [[[2, 1], [7], [0, 0, 1]], [[0, 2], [65535], [3, 2, 1]]]
+    convert(tmp_path / "set", tmp_path / "raw", to="raw")
+    tables = load_dataset(tmp_path / "raw").tables
+    assert [(table.rows, table.hotness) for table in tables] == [(3, 2), (65536, 1), (4, 3)]
+    convert(tmp_path / "raw", tmp_path / "back", to="torchrec-npy")
+    with zipfile.ZipFile(tmp_path / "back" / "train_sparse_multi_hot.npz") as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == MULTI_HOT
+    assert (tmp_path / "back" / "train_dense.npy").read_bytes() == DENSE_NPY
 
 
 def test_npz_of_facebookresearch(tmp_path: Path) -> None:
