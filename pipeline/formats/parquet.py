@@ -34,11 +34,13 @@ from pipeline.formats.interchange import (
 )
 from pipeline.formats.names import split_folders
 from pipeline.formats.parquet_block import Columns, block_of
+from pipeline.formats.parquet_file import read_frames, read_shape
 
 METADATA, FILE_LIST = "_metadata.json", "_file_list.txt"
 _MARKS = (METADATA, FILE_LIST, "*.parquet")
 _LABEL = "label"
 _ROWS_PER_FILE = 1 << 18
+_SCANNED_ROWS = 1 << 16
 
 
 class ParquetSource:
@@ -69,7 +71,7 @@ class ParquetSource:
 
     def _open(self, path: Path) -> int:
         """Rows of a file, whose columns are those of the first one."""
-        types, rows = _shape(path)
+        types, rows = read_shape(path)
         for name in self.columns.all:
             if name not in types:
                 raise DataError(f"{path}: no column {name!r}, only {', '.join(types)}")
@@ -86,17 +88,16 @@ class ParquetSource:
         return rows
 
     def _scanned(self, name: str, first: Path, options: ReadOptions) -> Schema:
-        columns, types = self.columns, _shape(first)[0]
-        hotness, largest = [1] * len(columns.tables), [-1] * len(columns.tables)
+        columns, types = self.columns, read_shape(first)[0]
+        hotness, largest = [0] * len(columns.tables), [-1] * len(columns.tables)
         for path in self.file_rows:
-            asked = []
-            for t, column in enumerate(columns.tables):
-                values, lists = pl.col(column), _is_list(types[column])
-                asked.append((values.list.len().max() if lists else pl.lit(1)).alias(f"h{t}"))
-                asked.append((values.list.max().max() if lists else values.max()).alias(f"k{t}"))
-            found = _collect(path, _scan(path, types).select(asked)).row(0)
-            hotness = [max(old, new or 0) for old, new in zip(hotness, found[::2], strict=True)]
-            largest = [max(old, -1 if new is None else new) for old, new in zip(largest, found[1::2], strict=True)]
+            for frame in read_frames(path, columns.tables, _SCANNED_ROWS):
+                for t, column in enumerate(columns.tables):
+                    values, lists = frame[column], _is_list(frame.schema[column])
+                    longest: Any = values.list.len().max() if lists else 1
+                    key: Any = values.list.max().max() if lists else values.max()
+                    hotness[t] = max(hotness[t], longest or 0)
+                    largest[t] = max(largest[t], -1 if key is None else key)
         tables = tables_of(len(columns.tables), options.table_rows, hotness, largest)
         return Schema(
             name=name or "parquet",
@@ -112,9 +113,8 @@ class ParquetSource:
         """The rows of a split in order, checked."""
         size = self.schema.block_rows()
         for path in self.files[split]:
-            types = _shape(path)[0]
-            for start in range(0, self.file_rows[path], size):
-                frame = _collect(path, _scan(path, types).select(self.columns.all).slice(start, size))
+            start = 0
+            for frame in read_frames(path, self.columns.all, size):
 
                 def where(row: int, kind: str, column: int, path: Path = path, first: int = start) -> str:
                     del kind, column  # the message names the column
@@ -122,6 +122,7 @@ class ParquetSource:
 
                 block = block_of(frame, self.columns, self.schema, path, start, rounds="fp32-dense" in self._allow)
                 yield check_block(block, self.schema, where)
+                start += frame.height
 
 
 def _is_list(dtype: Any) -> bool:
@@ -130,35 +131,6 @@ def _is_list(dtype: Any) -> bool:
 
 def _is_number(dtype: Any, *, integer: bool) -> bool:
     return bool(dtype.is_integer() or (not integer and (dtype.is_float() or dtype == pl.Boolean)))
-
-
-def _scan(path: Path, types: dict[str, Any]) -> pl.LazyFrame:
-    """A file whose fixed-length lists are lists like the others."""
-    fixed = [pl.col(name).arr.to_list() for name, dtype in types.items() if isinstance(dtype, pl.Array)]
-    frame = pl.scan_parquet(path, glob=False)
-    return frame.with_columns(fixed) if fixed else frame
-
-
-def _collect(path: Path, frame: pl.LazyFrame) -> pl.DataFrame:
-    try:
-        return frame.collect()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:200]})") from None
-
-
-def _shape(path: Path) -> tuple[dict[str, Any], int]:
-    """Types of a file's columns, and its rows.
-
-    Raises:
-        DataError: it is missing or no Parquet file.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; restore it or correct the file list")
-    try:
-        frame = pl.scan_parquet(path, glob=False)
-        return dict(frame.collect_schema()), int(frame.select(pl.len()).collect().item())
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:200]})") from None
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
@@ -184,7 +156,7 @@ def _columns(path: Path) -> Columns:
         if len(labels) != 1:
             raise DataError(f"{path.parent / METADATA}: labels {labels}; Crosslane trains on one label")
         return Columns(labels[0], named["conts"], named["cats"])
-    types = _shape(path)[0]
+    types = read_shape(path)[0]
     if _LABEL not in types:
         raise DataError(f"{path}: no column {_LABEL!r}, and no {METADATA} that names another; write that file")
     rest = {name: dtype for name, dtype in types.items() if name != _LABEL}

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from dlrm.errors import ConfigError, DataError
 from pipeline.formats.block import Schema, check_block
 from pipeline.formats.parquet_block import Columns, block_of
+from pipeline.formats.parquet_faults import check_ends, file_fault, rows_fault
+from pipeline.formats.parquet_file import load_arrow
 from pipeline.formats.raw import RowFiles, Rows, encode_rows
 from pipeline.formats.row_groups import RowGroups
 from pipeline.manifest import FileInfo, Manifest, SplitInfo, row_words
@@ -39,6 +41,12 @@ class ParquetRows(RowFiles):
             ConfigError: pyarrow is not installed.
             DataError: a file is missing, no Parquet file, lacks a column, or has another number of rows.
         """
+        self._arrow = load_arrow()
+        if self._arrow is None:
+            raise ConfigError(
+                "data.path: training from Parquet files needs pyarrow; install it with "
+                "pip install 'crosslane[parquet]', or convert them to raw"
+            )
         self._manifest = manifest
         self._row_bytes = 4 * row_words(manifest)
         assert manifest.label_column is not None
@@ -63,12 +71,12 @@ class ParquetRows(RowFiles):
         self.groups = RowGroups(self._decode, self._group_files.size)
 
     def _open(self, path: Path, file: FileInfo) -> Any:
-        parquet = _pyarrow()
+        check_ends(path)
         try:
-            footer = parquet.read_metadata(path)
+            footer = self._arrow.parquet.read_metadata(path)
             names = set(footer.schema.to_arrow_schema().names)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)}); restore it") from None
+        except (self._arrow.ArrowException, OSError, ValueError) as error:
+            raise file_fault(path, error) from None
         if missing := [name for name in self._columns.all if name not in names]:
             raise DataError(f"{path}: no column {missing[0]!r}; restore the file or adopt the files again")
         if footer.num_rows != file.rows:
@@ -126,17 +134,13 @@ class ParquetRows(RowFiles):
         path, number = self._paths[file], group - int(self._first_groups[file])
         first = int(self._group_starts[group] - self._starts[file])
         footer = self._footers[file]
-        parquet = _pyarrow()
         try:
-            with parquet.ParquetFile(path, metadata=footer, pre_buffer=True) as opened:
+            with self._arrow.parquet.ParquetFile(
+                path, metadata=footer, pre_buffer=True, page_checksum_verification=True
+            ) as opened:
                 table = opened.read_row_group(number, columns=self._columns.all, use_threads=False)
-        except (OSError, ValueError) as error:
-            column = footer.row_group(number).column(0)
-            place = min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
-            raise DataError(
-                f"{path}: row {first} (row group {number}, from byte {place}): cannot be read ({_first_line(error)}); "
-                "restore the file"
-            ) from None
+        except (self._arrow.ArrowException, OSError) as error:
+            raise rows_fault(path, first, first + footer.row_group(number).num_rows, error) from None
         frame = pl.from_arrow(table)
         assert isinstance(frame, pl.DataFrame)
         block = block_of(frame.select(self._columns.all), self._columns, self._schema, path, first, rounds=True)
@@ -144,18 +148,3 @@ class ParquetRows(RowFiles):
         return encode_rows(
             row_words(self._manifest), block.labels, block.dense, block.keys.astype(self._manifest.key_dtype)
         )
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise ConfigError(
-            "data.path: training from Parquet files needs pyarrow; install it with pip install 'crosslane[parquet]', "
-            "or convert them to raw"
-        ) from None
-    return parquet
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -253,7 +253,8 @@ def test_damaged_pages_are_named_with_row_and_byte(folder: Path) -> None:
     path.write_bytes(content)
     split = load_dataset(folder).split("train")
     assert split.read(np.arange(56)).num_rows == 56
-    with pytest.raises(DataError, match=rf"1\.parquet: row 16 \(row group 1, from byte {start}\): cannot be read"):
+    place = rf"1\.parquet: row 16 \(row group 1, column 'label', from byte {start}\)"
+    with pytest.raises(DataError, match=f"{place}: cannot be read"):
         split.read(np.array([5, 60]))
 
 
@@ -268,7 +269,7 @@ def test_files_that_changed_are_refused(folder: Path) -> None:
     with pytest.raises(DataError, match=r"1\.parquet: no column 'c'"):
         resized(folder, manifest, size, path.stat().st_size)
     path.write_bytes(b"PAR1" * 9)
-    with pytest.raises(DataError, match=r"1\.parquet: not a readable Parquet file"):
+    with pytest.raises(DataError, match=r"1\.parquet: bad footer length \(byte 28\): 827474256 bytes, but only 24"):
         resized(folder, manifest, size, path.stat().st_size)
 
 
