@@ -17,7 +17,8 @@ import numpy as np
 from gpu_kernels import DCN_HOTNESS, SHAPES, Clock, Tables
 
 from dlrm.cuda import CudaDevice
-from embedding import lookup_cuda
+from dlrm.scalars import SIZE, write_guard
+from embedding import lookup_cuda, sorted_update_cuda
 
 POOL = [
     {},
@@ -26,11 +27,21 @@ POOL = [
     {"POOL_THREADS": 512},
     {"POOL_THREADS": 512, "AHEAD": 4},
     {"POOL_THREADS": 256, "AHEAD": 16},
+    {"PREFETCH": 1},
+    {"POOL_THREADS": 512, "AHEAD": 4, "PREFETCH": 1},
     {"TASK": 64},
     {"TASK": 256},
     {"TASK": 1024},
 ]
 """Changes of ``lookup_cuda.POOL``."""
+SUM = [
+    {},
+    {"SUM_BLOCKS": 2},
+    {"SUM_BLOCKS": 4},
+    {"MOST_AHEAD": 4, "SUM_BLOCKS": 4},
+    {"MOST_AHEAD": 16, "SUM_BLOCKS": 2},
+]
+"""Changes of ``sorted_update_cuda.SUM``."""
 
 
 def compare(title: str, settings: dict[str, int], changes: list[dict[str, int]], time: Callable[[], float]) -> None:
@@ -43,6 +54,20 @@ def compare(title: str, settings: dict[str, int], changes: list[dict[str, int]],
     settings.update(default)
 
 
+def updates(tables: Tables, kind: str, title: str, clock: Clock) -> None:
+    """Sort, and sort and update."""
+    guard = cupy.asarray(write_guard(np.empty(SIZE, np.float32), 1.0))
+    sort, both = tables.sorted_update(kind, guard, clock.device)
+    floor, of_sort = both.bytes / clock.bytes_per_us, sort.bytes / clock.bytes_per_us
+    print(f"\n{title}: sort alone {clock.median_us(sort.run):.1f} us (floor {of_sort:.0f})")
+    compare(
+        f"{title}: sort and update (floor {floor:.0f} us)",
+        sorted_update_cuda.SUM,
+        SUM,
+        lambda: clock.median_us(both.run),
+    )
+
+
 def pooled_look_ups(rows: list[int], batch: int, law: float, clock: Clock) -> None:
     """The DCNv2 shape."""
     for dtype in (np.float32, np.float16):
@@ -51,6 +76,8 @@ def pooled_look_ups(rows: list[int], batch: int, law: float, clock: Clock) -> No
         floor = case.bytes / clock.bytes_per_us
         title = f"pooled look-up, batch {batch}, law {law}, {np.dtype(dtype).name} tables (floor {floor:.0f} us)"
         compare(title, lookup_cuda.POOL, POOL, lambda case=case: clock.median_us(case.run))
+        if dtype == np.float32:
+            updates(tables, "rowwise_adagrad", f"DCNv2, batch {batch}, law {law}, row-wise Adagrad", clock)
         del tables, case
         free()
 
@@ -63,8 +90,11 @@ def one_hot_look_ups(rows: list[int], batch: int, law: float, clock: Clock) -> N
         floor = case.bytes / clock.bytes_per_us
         print(f"\none-hot look-up, batch {batch}, law {law}, {np.dtype(dtype).name} tables (floor {floor:.0f} us)")
         print(f"  {'copy':60}{clock.median_us(case.run):10.1f} us")
-        tables.offsets = cupy.asarray(tables.host_offsets)
+        none, tables.offsets = tables.offsets, cupy.asarray(tables.host_offsets)
         print(f"  {'as bags':60}{clock.median_us(case.run):10.1f} us", flush=True)
+        tables.offsets = none
+        for kind in ("sgd", "rowwise_adagrad") if dtype == np.float32 else ("sgd",):
+            updates(tables, kind, f"one-hot, batch {batch}, law {law}, {np.dtype(dtype).name} tables, {kind}", clock)
         del tables, case
         free()
 

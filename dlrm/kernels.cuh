@@ -77,6 +77,21 @@ DEVICE uint2 stream_8(const void* address) {
   return v;
 }
 
+// Data that this kernel writes too.
+DEVICE void fetch(uint4& v, const void* address) {
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address) : "memory");
+}
+DEVICE void fetch(uint2& v, const void* address) {
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address) : "memory");
+}
+DEVICE void fetch(float& v, const void* address) {
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(address) : "memory");
+}
+
+// Have the second level fetch the line, for whoever asks for it soon.
+DEVICE void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" :: "l"(address)); }
+
 DEVICE int stream(const int* address) {
   int v;
   asm volatile("ld.global.nc.L1::no_allocate.s32 %0, [%1];" : "=r"(v) : "l"(address));
@@ -97,6 +112,10 @@ DEVICE void write_16(void* address, uint4 v) {
 
 DEVICE void write_8(void* address, uint2 v) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" :: "l"(address), "r"(v.x), "r"(v.y) : "memory");
+}
+
+DEVICE void write_float(float* address, float v) {
+  asm volatile("st.global.f32 [%0], %1;" :: "l"(address), "f"(v) : "memory");
 }
 
 // The same pointer, of which the compiler forgets how it came about: it then stays in registers and is not put

@@ -3,7 +3,8 @@
 // Shapes: T tables in one weight array of R rows, B bags a table, D columns, F places of the output.
 // Macros: DIM = D, a multiple of 4 (of 8 where WEIGHT has 16 bits); WEIGHT, OUT, KEY: element types; and for bags
 // WEIGHTED: 1 if keys have weights; AHEAD: rows that a group of lanes has under way; TASK: keys that it takes at a time,
-// about; POOL_THREADS, POOL_BLOCKS: of a block, and blocks of a multiprocessor.
+// about; PREFETCH: 1 if a lane asks for its key's row before the group reads it; POOL_THREADS, POOL_BLOCKS: of a block, and
+// blocks of a multiprocessor.
 //
 // A table's frequent rows are asked for again and again, and the multiprocessor's first-level cache serves them: what is
 // left is what the second level and memory have to deliver. Where keys are copied, workers (blocks) therefore keep to one
@@ -203,6 +204,12 @@ DEVICE void pool_task(
     at = tile + GROUP + lane < total ? tile + GROUP + lane : total - 1;
     next = stream(keys + at);
     if (WEIGHTED) next_factor = key_weights[at];
+    if (PREFETCH) {
+#pragma unroll
+      for (int column = 0; column < DIM; column += 128 / int(sizeof(WEIGHT))) {
+        prefetch(row_of(rows, key) - lane * NUMBERS + column);
+      }
+    }
     // Bit k: key tile + k is the last one of its bag.
     const uint32 last = own_end - 1 - tile;
     const uint32 ends = group.any(length > 0 && last < GROUP ? 1u << last : 0u);

@@ -3,7 +3,8 @@
 //
 // Shapes: T tables in one weight array of R rows, B bags a table, D columns, F places of the gradient, K keys in
 // ascending order of their rows. Macros: DIM = D, a multiple of 4; WEIGHT, GRAD: element types; KIND: number of the
-// optimiser in sparse_optim.KINDS; BAGS: 1 if there are offsets; WEIGHTED: 1 if keys have weights.
+// optimiser in sparse_optim.KINDS; BAGS: 1 if there are offsets; WEIGHTED: 1 if keys have weights; MOST_AHEAD: keys whose
+// gradients of 16 bits are under way, a power of two; SUM_BLOCKS: blocks of a multiprocessor that sum chunks.
 //
 // A group of lanes takes a chunk of 64 keys. Runs of one row that lie in a chunk are summed and used at once; a run
 // that crosses the chunk's ends leaves its partial sums behind, and finish_runs adds them up in their order. What is
@@ -33,20 +34,33 @@ constexpr bool ROUNDED = sizeof(WEIGHT) == 2;
 constexpr bool ADDED = KIND == SGD && !ROUNDED && CROSSLANE_ARCH >= 90;
 constexpr bool HAS_FIRST = KIND == MOMENTUM || KIND == ADAGRAD || KIND == ADAM || KIND == FTRL;
 constexpr bool HAS_SECOND = KIND == ADAM || KIND == FTRL;
-constexpr int MOST_AHEAD = ADDED ? 8 : HAS_SECOND ? 2 : 4;
-constexpr int AHEAD = PARTS >= MOST_AHEAD ? 1 : (MOST_AHEAD / PARTS < GROUP ? MOST_AHEAD / PARTS : GROUP);
+// Keys whose gradients are under way, and rows that are read before they are updated.
+constexpr int WIDTH = MOST_AHEAD * 2 / sizeof(GRAD);
+constexpr int AHEAD = PARTS >= WIDTH ? 1 : (WIDTH / PARTS < GROUP ? WIDTH / PARTS : GROUP);
+constexpr int MOST_OLD = ADDED ? AHEAD : (HAS_SECOND ? 2 : 4) / PARTS;
+constexpr int OLD = MOST_OLD < 1 ? 1 : MOST_OLD < AHEAD ? MOST_OLD : AHEAD;
 
 DEVICE float4 load_4(const float* source) { return *reinterpret_cast<const float4*>(source); }
 template <typename T>
 DEVICE float4 load_4(const T* source) { return floats<T>(*reinterpret_cast<const uint2*>(source)); }
 
-// What an update reads and writes.
+// Four numbers as they come from memory.
+template <int SIZE>
+struct Raw { uint4 bits; };
+template <>
+struct Raw<2> { uint2 bits; };
+DEVICE float4 numbers(Raw<4> raw, float) { return floats(raw.bits); }
+template <typename T>
+DEVICE float4 numbers(Raw<2> raw, T) { return floats<T>(raw.bits); }
+
+// What an update reads and writes, from the lane's first column on; `totals` are row-wise.
 struct Tables {
   WEIGHT* weight;
   float* first;
   float* second;
+  float* totals;
   const float* scalars;
-  float unscale;
+  float unscale, lr, eps;
   uint64 seed;
 };
 
@@ -87,23 +101,24 @@ DEVICE void put(T* target, float4 v, uint4 random) {
   write_8(target, make_uint2(low, high));
 }
 
-// The formula of one column; `root` is a row-wise denominator.
-DEVICE void step(const float* k, float& w, float g, float& first, float& second, float root) {
-  const float lr = k[SPARSE];
+// The formula of one column; `rate` is a row-wise one.
+DEVICE void step(const Tables& t, float& w, float g, float& first, float& second, float rate) {
+  const float* k = t.scalars;
+  const float lr = t.lr, eps = t.eps;
   if (KIND == SGD) {
     w -= lr * g;
   } else if (KIND == MOMENTUM) {
-    first = k[SPARSE + 1] * first + g;
+    first = eps * first + g;
     w -= lr * first;
   } else if (KIND == ADAGRAD) {
     first += g * g;
-    w -= lr * g / (sqrtf(first) + k[SPARSE + 1]);
+    w -= lr * g / (sqrtf(first) + eps);
   } else if (KIND == ROWWISE_ADAGRAD) {
-    w -= lr * g / root;
+    w -= rate * g;
   } else if (KIND == ADAM) {
     first = k[SPARSE + 2] * first + k[SPARSE + 5] * g;
     second = k[SPARSE + 3] * second + k[SPARSE + 6] * g * g;
-    w -= lr * first / (sqrtf(second) * k[SPARSE + 4] + k[SPARSE + 1]);
+    w -= lr * first / (sqrtf(second) * k[SPARSE + 4] + eps);
   } else {
     const float before = sqrtf(first);
     first += g * g;
@@ -112,34 +127,38 @@ DEVICE void step(const float* k, float& w, float g, float& first, float& second,
     const float l1 = k[SPARSE + 2];
     // Written so that a dual which is no number stays visible.
     w = fabsf(second) <= l1 ? 0.0f
-                            : -(second - copysignf(l1, second)) / ((k[SPARSE + 1] + after) / lr + 2 * k[SPARSE + 3]);
+                            : -(second - copysignf(l1, second)) / ((eps + after) / lr + 2 * k[SPARSE + 3]);
   }
 }
 
-// A row across `WIDTH` lanes, each with N vectors of four columns; lane l has vectors l, l + WIDTH, ...
-template <int WIDTH, int N>
+// A row across `SPAN` lanes, each with N vectors of four columns; lane l has vectors l, l + SPAN, ...
+template <int SPAN, int N>
 struct Row {
-  float4 w[N], first[N], second[N];
+  Raw<sizeof(WEIGHT)> w[N];
+  Raw<4> first[N], second[N];
   float total;
 
-  static DEVICE bool has(int part, int lane) { return (part * WIDTH + lane) * 4 < DIM; }
+  static DEVICE bool has(int part, int lane) { return (part * SPAN + lane) * 4 < DIM; }
+  // From a lane's first column on.
+  static DEVICE uint64 place(uint32 row, int part) { return uint64(row) * DIM + part * SPAN * 4; }
 
-  DEVICE void load(const Tables& t, uint32 row, int lane) {
+  // Where it is not `wanted`, some row, in vain: a branch would wait for the loads before it.
+  DEVICE void load(const Tables& t, uint32 row, int lane, bool wanted) {
     if (ADDED) return;
+    if (!wanted) row = 0;
 #pragma unroll
     for (int p = 0; p < N; ++p) {
       if (!has(p, lane)) continue;
-      const int64 at = int64(row) * DIM + (p * WIDTH + lane) * 4;
-      w[p] = load_4(t.weight + at);
-      if (HAS_FIRST) first[p] = load_4(t.first + at);
-      if (HAS_SECOND) second[p] = load_4(t.second + at);
+      fetch(w[p].bits, t.weight + place(row, p));
+      if (HAS_FIRST) fetch(first[p].bits, t.first + place(row, p));
+      if (HAS_SECOND) fetch(second[p].bits, t.second + place(row, p));
     }
-    if (KIND == ROWWISE_ADAGRAD) total = t.first[row];
+    if (KIND == ROWWISE_ADAGRAD) fetch(total, t.totals + row);
   }
 
   // One step with the row's summed gradient; the lanes of `members` come together.
   DEVICE void update(const Tables& t, uint32 row, int lane, uint32 members, const float4 (&sum)[N], Origin origin) {
-    float root = 0;
+    float rate = 0;
     if (KIND == ROWWISE_ADAGRAD) {
       float square = 0;
 #pragma unroll
@@ -149,34 +168,33 @@ struct Row {
         square += g.x * g.x + g.y * g.y + g.z * g.z + g.w * g.w;
       }
 #pragma unroll
-      for (int bits = WIDTH / 2; bits > 0; bits /= 2) square += __shfl_xor_sync(members, square, bits, WIDTH);
+      for (int bits = SPAN / 2; bits > 0; bits /= 2) square += __shfl_xor_sync(members, square, bits, SPAN);
       total += square / DIM;
-      root = sqrtf(total) + t.scalars[SPARSE + 1];
-      if (lane == 0) t.first[row] = total;
+      rate = t.lr / (sqrtf(total) + t.eps);
+      if (lane == 0) write_float(t.totals + row, total);
     }
 #pragma unroll
     for (int p = 0; p < N; ++p) {
       if (!has(p, lane)) continue;
-      const int column = (p * WIDTH + lane) * 4;
-      const int64 at = int64(row) * DIM + column;
       const float4 g = scaled(t.unscale, sum[p]);
       if (ADDED) {
-        reduce_add_4(reinterpret_cast<float*>(t.weight) + at, scaled(-t.scalars[SPARSE], g));
+        reduce_add_4(reinterpret_cast<float*>(t.weight) + place(row, p), scaled(-t.lr, g));
         continue;
       }
-      if (!HAS_FIRST) first[p] = g;
-      if (!HAS_SECOND) second[p] = g;
-      step(t.scalars, w[p].x, g.x, first[p].x, second[p].x, root);
-      step(t.scalars, w[p].y, g.y, first[p].y, second[p].y, root);
-      step(t.scalars, w[p].z, g.z, first[p].z, second[p].z, root);
-      step(t.scalars, w[p].w, g.w, first[p].w, second[p].w, root);
+      float4 v = numbers(w[p], WEIGHT());
+      float4 one = HAS_FIRST ? numbers(first[p], 0.0f) : g, two = HAS_SECOND ? numbers(second[p], 0.0f) : g;
+      step(t, v.x, g.x, one.x, two.x, rate);
+      step(t, v.y, g.y, one.y, two.y, rate);
+      step(t, v.z, g.z, one.z, two.z, rate);
+      step(t, v.w, g.w, one.w, two.w, rate);
       uint4 random = make_uint4(0, 0, 0, 0);
       if (ROUNDED) {
-        random = philox(origin.column_block + column / 4, origin.row, word(t.scalars, STEP_LOW), origin.tensor, t.seed);
+        const uint32 block = origin.column_block + (p * SPAN + lane);
+        random = philox(block, origin.row, word(t.scalars, STEP_LOW), origin.tensor, t.seed);
       }
-      put(t.weight + at, w[p], random);
-      if (HAS_FIRST) write_4(t.first + at, first[p]);
-      if (HAS_SECOND) write_4(t.second + at, second[p]);
+      put(t.weight + place(row, p), v, random);
+      if (HAS_FIRST) write_4(t.first + place(row, p), one);
+      if (HAS_SECOND) write_4(t.second + place(row, p), two);
     }
   }
 };
@@ -186,8 +204,9 @@ DEVICE bool stays_out(const float* scalars, const float* guard) {
   return blocked(guard) || (KIND == FTRL && scalars[SPARSE] == 0);
 }
 
-DEVICE Tables tables_of(WEIGHT* weight, float* first, float* second, const float* scalars, const float* guard) {
-  return {weight, first, second, scalars, guard[UNSCALE],
+DEVICE Tables tables_of(
+    WEIGHT* weight, float* first, float* second, const float* scalars, const float* guard, int lane) {
+  return {settled(weight + lane * 4), settled(first + lane * 4), settled(second + lane * 4), first, scalars, guard[UNSCALE], scalars[SPARSE], scalars[SPARSE + 1],
           uint64(word(scalars, SEED_LOW)) | uint64(word(scalars, SEED_HIGH)) << 32};
 }
 
@@ -196,9 +215,42 @@ DEVICE uint32 bag_of(const uint32* named, const uint32* bags, uint32 at) {
   return WEIGHTED ? bags[named[at]] : named[at];
 }
 
+typedef Raw<sizeof(GRAD)> RawGrad;
+
+DEVICE Raw<4> stream_raw(const float* source) { return {stream_16(source)}; }
+template <typename T>
+DEVICE Raw<2> stream_raw(const T* source) { return {stream_8(source)}; }
+
+// What a lane knows of its key: the row, what named it, and the rows beside it in the order.
+struct Key {
+  uint32 row, named, before, behind;
+
+  DEVICE void load(const uint32* rows, const uint32* names, uint32 at, uint32 count) {
+    if (at >= count) at = count - 1;  // read in vain
+    row = rows[at];
+    named = names[at];
+    before = at > 0 ? rows[at - 1] : ~row;
+    behind = at + 1 < count ? rows[at + 1] : ~row;
+  }
+};
+
+// Have a row on its way; lanes ask for rows of their own.
+DEVICE void prefetch_row(const Tables& t, uint32 row, int lane) {
+  const int64 at = int64(row) * DIM - lane * 4;
+#pragma unroll
+  for (int column = 0; column < DIM; column += 128 / int(sizeof(WEIGHT))) prefetch(t.weight + at + column);
+#pragma unroll
+  for (int column = 0; column < DIM; column += 32) {
+    if (HAS_FIRST) prefetch(t.first + at + column);
+    if (HAS_SECOND) prefetch(t.second + at + column);
+  }
+  if (KIND == ROWWISE_ADAGRAD) prefetch(t.totals + row);
+}
+
 // Sum the gradients of every chunk's runs: those that end in it are used; partials[0, c] is the sum of what a run that
-// began before has in chunk c, partials[1, c] that of a run that begins in c and goes on.
-KERNEL void __launch_bounds__(THREADS, ADDED ? 4 : 3) sum_chunks(
+// began before has in chunk c, partials[1, c] that of a run that begins in c and goes on. Groups of lanes take turns at
+// the chunks, each with its next keys on their way.
+KERNEL void __launch_bounds__(THREADS, SUM_BLOCKS) sum_chunks(
     const uint32* __restrict__ rows, const uint32* __restrict__ named, const uint32* __restrict__ bags, uint32* info,
     uint32 chunks, float* __restrict__ partials, uint32* __restrict__ open_runs, const int64* __restrict__ row_start,
     const int64* __restrict__ offsets, const float* __restrict__ key_weights, const unsigned char* __restrict__ mean,
@@ -206,92 +258,114 @@ KERNEL void __launch_bounds__(THREADS, ADDED ? 4 : 3) sum_chunks(
     const GRAD* __restrict__ gradients, WEIGHT* weight, float* firsts, float* seconds,
     const float* __restrict__ scalars, const float* __restrict__ guard) {
   if (stays_out(scalars, guard)) return;
-  const Tables tables = tables_of(weight, firsts, seconds, scalars, guard);
   const uint32 count = info[COUNT];
-  const int lane = threadIdx.x % GROUP, group = threadIdx.x % LANES / GROUP;
+  const int lane = threadIdx.x % LANES % GROUP, group = threadIdx.x % LANES / GROUP;
   const uint32 members = GROUP == LANES ? ALL_LANES : ((1u << (GROUP % LANES)) - 1) << (group * GROUP);
-  const uint32 chunk = blockIdx.x * (THREADS / GROUP) + threadIdx.x / GROUP;
-  if (chunk >= chunks || chunk * CHUNK >= count) return;
-  const uint32 begin = chunk * CHUNK, end = count - begin < CHUNK ? count : begin + CHUNK;
+  const uint32 groups = gridDim.x * (THREADS / GROUP);
+  const Tables tables = tables_of(weight, firsts, seconds, scalars, guard, lane);
+  const GRAD* own_gradients = settled(gradients + lane * 4);
+  uint32 chunk = blockIdx.x * (THREADS / GROUP) + threadIdx.x / GROUP;
+  if (uint64(chunk) * CHUNK >= count) return;
+  Key next;
+  next.load(rows, named, chunk * CHUNK + lane, count);
 
-  bool open = begin > 0 && rows[begin - 1] == rows[begin];  // the run began before
   float4 sum[PARTS];
+  auto clear = [&]() {
 #pragma unroll
-  for (int p = 0; p < PARTS; ++p) sum[p] = make_float4(0, 0, 0, 0);
+    for (int p = 0; p < PARTS; ++p) sum[p] = make_float4(0, 0, 0, 0);
+  };
   auto leave = [&](float* target) {
 #pragma unroll
     for (int p = 0; p < PARTS; ++p) write_4(target + int64(chunk) * DIM + (p * GROUP + lane) * 4, sum[p]);
   };
 
 #pragma unroll 1
-  for (uint32 tile = begin; tile < end; tile += GROUP) {
-    // Every lane looks one key up.
-    const uint32 at = tile + lane;
-    uint32 row = 0, table = 0, source = 0;
-    float factor = 1;
-    bool last = false;
-    if (at < end) {
-      row = rows[at];
-      last = at + 1 == count || rows[at + 1] != row;
-      const uint32 bag = bag_of(named, bags, at);
-      table = bag / num_rows;
-      source = (bag - table * num_rows) * num_places + uint32(place[table]);
-      if (WEIGHTED) factor = key_weights[named[at]];
-      if (BAGS && mean[table]) factor /= float(offsets[bag + 1] - offsets[bag]);
-    }
-    const uint32 ends = __ballot_sync(members, last) >> (group * GROUP);
+  for (; uint64(chunk) * CHUNK < count; chunk += groups) {
+    const uint32 begin = chunk * CHUNK;
+    bool open = false;  // whether the run began before the chunk
+    uint32 row = 0, ends = 0;
+    clear();
 #pragma unroll 1
-    for (int j = 0; j < GROUP && tile + j < end; j += AHEAD) {
-      float4 v[AHEAD][PARTS];
-      Row<GROUP, PARTS> old[AHEAD];
-      bool running = open;
+    for (uint32 tile = begin; tile < begin + CHUNK && tile < count; tile += GROUP) {
+      // Every lane looks one key up. Behind the last one that is repeated, and added to a sum that nobody uses.
+      const uint32 at = tile + lane;
+      row = next.row;
+      const bool last = at < count && next.behind != row;
+      if (tile == begin) open = __shfl_sync(members, next.before == row, 0, GROUP);
+      if (last && !ADDED) prefetch_row(tables, row, lane);
+      const uint32 bag = WEIGHTED ? bags[next.named] : next.named, table = bag / num_rows;
+      const uint32 source = (bag - table * num_rows) * num_places + uint32(place[table]);
+      float factor = WEIGHTED ? key_weights[next.named] : 1.0f;
+      if (BAGS && mean[table]) factor /= float(offsets[bag + 1] - offsets[bag]);
+      ends = __ballot_sync(members, last) >> (group * GROUP);
+      const bool in_chunk = tile + GROUP < begin + CHUNK;
+      const uint64 following = in_chunk ? uint64(tile) + GROUP : uint64(chunk + uint64(groups)) * CHUNK;
+      if (following < count) next.load(rows, named, uint32(following) + lane, count);
+
+#pragma unroll 1
+      for (int j = 0; j < GROUP && tile + j < count; j += AHEAD) {
+        RawGrad raw[AHEAD][PARTS];
 #pragma unroll
-      for (int i = 0; i < AHEAD; ++i) {
-        const uint32 from = __shfl_sync(members, source, j + i, GROUP);
-        const uint32 of = __shfl_sync(members, row, j + i, GROUP);
-        if (tile + j + i < end) {
+        for (int i = 0; i < AHEAD; ++i) {
+          const uint32 from = __shfl_sync(members, source, j + i, GROUP);
 #pragma unroll
-          for (int p = 0; p < PARTS; ++p) v[i][p] = stream_4(gradients + int64(from) * DIM + (p * GROUP + lane) * 4);
-          if (ends >> (j + i) & 1) {
-            if (!running) old[i].load(tables, of, lane);
-            running = false;
-          }
+          for (int p = 0; p < PARTS; ++p) raw[i][p] = stream_raw(own_gradients + uint64(from) * DIM + p * GROUP * 4);
         }
-      }
+        auto add_key = [&](int i) {
+          const float by = BAGS ? __shfl_sync(members, factor, j + i, GROUP) : 1.0f;
 #pragma unroll
-      for (int i = 0; i < AHEAD; ++i) {
-        const uint32 of = __shfl_sync(members, row, j + i, GROUP);
-        const uint32 in = ROUNDED ? __shfl_sync(members, table, j + i, GROUP) : 0;
-        const float by = BAGS ? __shfl_sync(members, factor, j + i, GROUP) : 1.0f;
-        if (tile + j + i < end) {
+          for (int p = 0; p < PARTS; ++p) {
+            const float4 v = numbers(raw[i][p], GRAD());
+            sum[p] = BAGS ? add_scaled(sum[p], by, v) : add(sum[p], v);
+          }
+        };
+        const uint32 here = ends >> j & ((2u << (AHEAD - 1)) - 1);
+        if (here == 0) {
 #pragma unroll
-          for (int p = 0; p < PARTS; ++p) sum[p] = BAGS ? add_scaled(sum[p], by, v[i][p]) : add(sum[p], v[i][p]);
-          if (ends >> (j + i) & 1) {
-            if (open) {
-              leave(partials);
-            } else {
-              old[i].update(tables, of, lane, members, sum,
-                            ROUNDED ? origin_of(origins, row_start, in, of) : Origin{0, 0, 0});
+          for (int i = 0; i < AHEAD; ++i) add_key(i);
+          continue;
+        }
+#pragma unroll
+        for (int h = 0; h < AHEAD; h += OLD) {
+          Row<GROUP, PARTS> old[OLD];
+          uint32 of[OLD];
+#pragma unroll
+          for (int i = 0; i < OLD; ++i) {
+            of[i] = __shfl_sync(members, row, j + h + i, GROUP);
+            old[i].load(tables, of[i], lane, here >> (h + i) & 1);
+          }
+#pragma unroll
+          for (int i = 0; i < OLD; ++i) {
+            add_key(h + i);
+            const uint32 in = ROUNDED ? __shfl_sync(members, table, j + h + i, GROUP) : 0;
+            if (here >> (h + i) & 1) {
+              if (open) {
+                leave(partials);
+              } else {
+                old[i].update(tables, of[i], lane, members, sum,
+                              ROUNDED ? origin_of(origins, row_start, in, of[i]) : Origin{0, 0, 0});
+              }
+              open = false;
+              clear();
             }
-            open = false;
-#pragma unroll
-            for (int p = 0; p < PARTS; ++p) sum[p] = make_float4(0, 0, 0, 0);
           }
         }
       }
     }
-  }
-  if (end == count || rows[end] != rows[end - 1]) return;
-  if (open) {
-    leave(partials);
-    return;
-  }
-  leave(partials + int64(chunks) * DIM);
-  if (lane == 0) {
-    const uint64 far = uint64(begin) + CHUNK * STRETCH;
-    const bool is_long = far < count && rows[far] == rows[end];
-    if (is_long) open_runs[chunks - 1 - atomicAdd(&info[LONG_RUNS], 1u)] = chunk;
-    else open_runs[atomicAdd(&info[SHORT_RUNS], 1u)] = chunk;
+    // The batch's last key ends a run: what goes on fills its chunk.
+    if (count - begin <= CHUNK || ends >> (GROUP - 1) & 1) continue;
+    if (open) {
+      leave(partials);
+      continue;
+    }
+    leave(partials + int64(chunks) * DIM);
+    const uint32 running = __shfl_sync(members, row, GROUP - 1, GROUP);
+    if (lane == 0) {
+      const uint64 far = uint64(begin) + CHUNK * STRETCH;
+      const bool is_long = far < count && rows[far] == running;
+      if (is_long) open_runs[chunks - 1 - atomicAdd(&info[LONG_RUNS], 1u)] = chunk;
+      else open_runs[atomicAdd(&info[SHORT_RUNS], 1u)] = chunk;
+    }
   }
 }
 
@@ -353,9 +427,9 @@ KERNEL void __launch_bounds__(THREADS) finish_runs(
     const float* __restrict__ guard) {
   SHARED float4 shares[THREADS / LANES][OWN * LANES];
   if (stays_out(scalars, guard)) return;
-  const Tables tables = tables_of(weight, firsts, seconds, scalars, guard);
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = THREADS / LANES;
   const uint32 count = info[COUNT];
+  const Tables tables = tables_of(weight, firsts, seconds, scalars, guard, lane);
   const float* begins = partials + int64(chunks) * DIM;
   const float* stretches = begins + int64(chunks) * DIM;
 
@@ -363,7 +437,7 @@ KERNEL void __launch_bounds__(THREADS) finish_runs(
     Origin origin = {0, 0, 0};
     if (ROUNDED) origin = origin_of(origins, row_start, bag_of(named, bags, chunk * CHUNK + CHUNK - 1) / num_rows, row);
     WarpRow old;
-    old.load(tables, row, lane);
+    old.load(tables, row, lane, true);
     old.update(tables, row, lane, ALL_LANES, sum, origin);
   };
 

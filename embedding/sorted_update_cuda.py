@@ -16,6 +16,8 @@ from embedding.sparse_optim_cuda import group_lanes
 
 SOURCE = Path(__file__).with_name("sorted_update.cu")
 THREADS = 256
+SUM = {"MOST_AHEAD": 8, "SUM_BLOCKS": 3}
+"""How chunks are summed, see ``sorted_update.cu``; ``benchmarks/gpu_variants.py`` times others."""
 FINISH_BLOCKS = 4
 """Blocks of a multiprocessor that add up the runs which cross chunks."""
 
@@ -50,7 +52,7 @@ def update_sorted(
         return
     defines = (
         ("DIM", dim), ("WEIGHT", c_type(weight)), ("GRAD", c_type(gradients)), ("KIND", KINDS.index(kind)),
-        ("BAGS", int(len(offsets) > 0)), ("WEIGHTED", int(len(key_weights) > 0)),
+        ("BAGS", int(len(offsets) > 0)), ("WEIGHTED", int(len(key_weights) > 0)), *SUM.items(),
     )  # fmt: skip
     first, second, *_ = (*state, weight, weight)  # what a kind does not have, it does not touch
     chunks = -(-num_keys // CHUNK)
@@ -58,9 +60,10 @@ def update_sorted(
     ordered = (sort.rows[sort.order], sort.named[sort.order], sort.bags, sort.info, np.uint32(chunks))
     places = (np.uint32(num_rows), np.uint32(gradients.shape[1]))
     tables, blocks = (weight, first, second), (scalars, guard)
-    load(SOURCE, "sum_chunks", defines)(
-        -(-chunks // groups), THREADS, *ordered, sort.partials, sort.open_runs, row_start, offsets, key_weights, mean,
-        place, origins, *places, gradients, *tables, *blocks,
+    sum_chunks = load(SOURCE, "sum_chunks", defines)
+    sum_chunks(
+        min(-(-chunks // groups), sum_chunks.multiprocessors * SUM["SUM_BLOCKS"]), THREADS, *ordered, sort.partials,
+        sort.open_runs, row_start, offsets, key_weights, mean, place, origins, *places, gradients, *tables, *blocks,
     )  # fmt: skip
     warps = THREADS // 32
     load(SOURCE, "sum_stretches", defines)(

@@ -29,6 +29,10 @@ inline uint2 read_8(const void* address) { uint2 v; std::memcpy(&v, address, 8);
 inline uint4 stream_16(const void* address) { return read_16(address); }
 inline uint2 stream_8(const void* address) { return read_8(address); }
 
+inline void prefetch(const void*) {}
+template <typename T>
+void fetch(T& v, const void* address) { std::memcpy(&v, address, sizeof v); }
+inline void write_float(float* address, float v) { *address = v; }
 inline int stream(const int* address) { return *address; }
 inline long long stream(const long long* address) { return *address; }
 inline void write_16(void* address, uint4 v) { std::memcpy(address, &v, 16); }

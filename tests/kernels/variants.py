@@ -5,6 +5,7 @@ from __future__ import annotations
 from dlrm.nvrtc import Defines
 from dlrm.philox_cuda import constants as philox_constants
 from embedding.lookup_cuda import POOL
+from embedding.sorted_update_cuda import SUM
 from pipeline.generator_cuda import constants
 
 VARIANTS: dict[str, tuple[Defines, ...]] = {
@@ -27,7 +28,10 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
         (("KEY", "int64"), ("WEIGHTED", 1), ("BITS", 3), ("BAGS", 1)),
     ),
     "embedding/sorted_update.cu": tuple(
-        (("DIM", dim), ("WEIGHT", weight), ("GRAD", grad), ("KIND", kind), ("BAGS", bags), ("WEIGHTED", weighted))
+        (
+            ("DIM", dim), ("WEIGHT", weight), ("GRAD", grad), ("KIND", kind), ("BAGS", bags), ("WEIGHTED", weighted),
+            *SUM.items(),
+        )
         for dim, weight, grad, kind, bags, weighted in (
             (128, "float", "half_t", 0, 0, 0), (128, "half_t", "half_t", 0, 1, 0), (48, "float", "float", 1, 1, 1),
             (128, "float", "half_t", 3, 1, 0), (16, "bfloat_t", "bfloat_t", 4, 1, 1), (256, "float", "float", 5, 0, 0),
