@@ -15,8 +15,9 @@ import typer
 from dlrm.errors import ConfigError, CrosslaneError
 from pipeline.cli_check import data_check
 from pipeline.cli_convert import convert
-from pipeline.cli_criteo import encode, prepare_criteo
+from pipeline.cli_criteo import encode, prepare
 from pipeline.cli_data import ManyValues, data_app, prepare_app, synth
+from pipeline.cli_env import env_app
 from pipeline.cli_plan import plan
 from pipeline.console import AsJson, print_fields, print_json, print_rows, show_progress
 from pipeline.ready_configs import ready_config, ready_configs
@@ -234,11 +235,12 @@ def _first_comment(path: Path) -> str:
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
-prepare_app.command("criteo", cls=ManyValues)(prepare_criteo)
+prepare_app.command("criteo", cls=ManyValues)(prepare)
 data_app.command("check")(data_check)
 app.command(cls=ManyValues, rich_help_panel="Data")(encode)
 app.add_typer(prepare_app, name="prepare", rich_help_panel="Data")
 app.add_typer(data_app, name="data", rich_help_panel="Data")
+app.add_typer(env_app, name="env", rich_help_panel="Data")
 app.command(rich_help_panel="Data")(synth)
 app.command(rich_help_panel="Data")(convert)
 app.command(rich_help_panel="Engine")(plan)

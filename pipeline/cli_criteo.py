@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dlrm.errors import ConfigError
 from pipeline.cli_data import Out, Overwrite, phases, print_dataset
 from pipeline.console import AsJson, terminal
 from pipeline.threads import launched_ranks, settle_threads
@@ -23,6 +24,15 @@ _LINE_EVERY_S = 10.0
 MemoryLimit = Annotated[
     str | None,
     typer.Option(help="Memory of all ranks on a machine together, such as 2GiB; default: half of what is free."),
+]
+
+
+Engine = Annotated[
+    Literal["crosslane", "nvtabular"],
+    typer.Option(help="Crosslane's own, or NVTabular's workflow in the environment of `crosslane env nvtabular`."),
+]
+DaskScheduler = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="nvtabular: a running Dask scheduler, tcp://host:8786.")
 ]
 
 
@@ -49,7 +59,7 @@ def long_phases() -> Iterator[Callable[[str, int, int], None]]:
     yield on_line
 
 
-def prepare_criteo(
+def prepare(
     train: Annotated[list[Path], typer.Option(metavar="FILE...", help="Training rows, in time order; plain or .gz.")],
     out: Out,
     test: Annotated[list[Path] | None, typer.Option(metavar="FILE...", help="Rows of the split 'test'.")] = None,
@@ -77,49 +87,102 @@ def prepare_criteo(
         Literal["own", "zero", "rare"], typer.Option(help="Empty category: of its own, value 00000000, or number 0.")
     ] = "own",
     memory_limit: MemoryLimit = None,
+    engine: Engine = "crosslane",
+    dask_scheduler: DaskScheduler = None,
     name: Annotated[str, typer.Option(help="Name of the data set.")] = "criteo",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Criteo's rows: label, 13 integers, 26 hexadecimal categories; also under mpirun, and again after a kill."""
+    python = _nvtabular(memory_limit) if engine == "nvtabular" else None
+    if dask_scheduler and python is None:
+        raise ConfigError(f"--dask-scheduler {dask_scheduler}: goes with --engine nvtabular; mpirun spreads the other")
+    rules = {
+        "frequency_threshold": frequency_threshold,
+        "cap_modulo": cap_modulo,
+        "cap_rows": cap_rows,
+        "dense_transform": dense_transform,
+        "missing_integer": missing_integer,
+        "missing_category": missing_category,
+    }
+    given = {
+        "train": train,
+        "validation": validation or [],
+        "test": test or [],
+        "last_day": last_day,
+        "validation_fraction": validation_fraction,
+    }
+    common = {"name": name, "overwrite": overwrite}
     settle_threads()
-    from pipeline.etl.criteo import CriteoInputs
-    from pipeline.etl.criteo import prepare_criteo as prepare
-    from pipeline.etl.memory import parse_size
-    from pipeline.etl.rules import make_rules
+    if python is not None:
+        _prepare_with_nvtabular(given, rules, out, python=python, scheduler=dask_scheduler, **common)
+        print_dataset(out, as_json=as_json)
+        return
 
     def work(comm: Comm | None) -> None:
-        rules = make_rules(
-            frequency_threshold=frequency_threshold,
-            cap_modulo=cap_modulo,
-            cap_rows=cap_rows,
-            dense_transform=dense_transform,
-            missing_integer=missing_integer,
-            missing_category=missing_category,
-        )
-        inputs = CriteoInputs(
-            train=train,
-            validation=validation or [],
-            test=test or [],
-            last_day=last_day,
-            validation_fraction=validation_fraction,
-        )
-        first = comm is None or comm.rank == 0
-        with long_phases() as progress:
-            prepare(
-                inputs,
-                out,
-                rules=rules,
-                name=name,
-                overwrite=overwrite,
-                memory_limit=parse_size("--memory-limit", memory_limit),
-                comm=comm,
-                progress=progress if first else None,
-            )
-        if first:
+        _prepare(given, rules, out, memory_limit, comm, **common)
+        if comm is None or comm.rank == 0:
             print_dataset(out, as_json=as_json)
 
     _on_ranks(work)
+
+
+def _prepare(
+    files: dict[str, Any],
+    options: dict[str, Any],
+    out: Path,
+    memory_limit: str | None,
+    comm: Comm | None,
+    **common: Any,
+) -> None:
+    """Crosslane's own engine, on this rank."""
+    from pipeline.etl.criteo import CriteoInputs, prepare_criteo
+    from pipeline.etl.memory import parse_size
+    from pipeline.etl.rules import make_rules
+
+    rules, inputs = make_rules(**options), CriteoInputs(**files)
+    first = comm is None or comm.rank == 0
+    with long_phases() as progress:
+        prepare_criteo(
+            inputs,
+            out,
+            rules=rules,
+            memory_limit=parse_size("--memory-limit", memory_limit),
+            comm=comm,
+            progress=progress if first else None,
+            **common,
+        )
+
+
+def _prepare_with_nvtabular(files: dict[str, Any], options: dict[str, Any], out: Path, **common: Any) -> None:
+    """NVTabular's engine."""
+    from pipeline.etl.criteo import CriteoInputs
+    from pipeline.etl.criteo_nvtabular import prepare_with_nvtabular
+    from pipeline.etl.rules import make_rules
+
+    rules, inputs = make_rules(**options), CriteoInputs(**files)
+    with long_phases() as progress:
+        prepare_with_nvtabular(inputs, out, rules=rules, progress=progress, **common)
+
+
+def _nvtabular(memory_limit: str | None) -> Path:
+    """NVTabular's interpreter.
+
+    Raises:
+        ConfigError: there is none, or something is asked for that this engine cannot do.
+    """
+    if memory_limit is not None:
+        raise ConfigError(
+            f"--memory-limit {memory_limit}: --engine nvtabular keeps none; leave it out, or use --engine crosslane"
+        )
+    if (ranks := launched_ranks()) > 1:
+        raise ConfigError(
+            f"--engine nvtabular: it is no program of MPI, but mpirun started {ranks} ranks; start it once, with "
+            "--dask-scheduler for several machines"
+        )
+    from pipeline.etl.nvtabular_env import find_environment
+
+    return find_environment()
 
 
 def encode(

@@ -22,18 +22,10 @@ from pipeline.etl.criteo_encode import Cut, EncodePass, Shard
 from pipeline.etl.job import PUBLISHING, Job
 from pipeline.etl.memory import table_budget
 from pipeline.etl.numbering import Numbering
-from pipeline.etl.publishing import criteo_manifest, publish, publish_again
+from pipeline.etl.publishing import criteo_manifest, publish, publish_again, write_encoding
 from pipeline.etl.rules import Rules, rules_to_values
-from pipeline.etl.statistics import write_statistics
 from pipeline.etl.text_blocks import check_distinct, check_files
-from pipeline.etl.vocabulary import (
-    ENCODING_FOLDER,
-    ENCODING_NAME,
-    encoding_values,
-    num_parts,
-    read_encoding,
-    write_part,
-)
+from pipeline.etl.vocabulary import ENCODING_FOLDER, read_encoding
 from pipeline.threads import threads_per_rank
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -254,7 +246,6 @@ class _Preparation:
 
     def _number(self, counted: Counted) -> None:
         """Number the categories and write the vocabulary and its statistics."""
-        folder = self._job.folder / ENCODING_FOLDER
         total = sum(run.entries for run in counted.runs)
         numbering = Numbering(
             self._comm,
@@ -269,14 +260,8 @@ class _Preparation:
         for column, missing in enumerate(counted.missing):
             runs = [run for run in counted.runs if run.column == column][self._comm.rank :: self._comm.size]
             numbered.append(numbering.number(column, runs, missing if own else 0, counted.counted))
-        places = [(column, part) for column, one in enumerate(numbered) for part in range(num_parts(one))]
-        mine = places[self._comm.rank :: self._comm.size]
-        written = [write_part(folder, column, numbered[column], part) for column, part in mine]
-        everyone = self._job.agree([[*place, entry] for place, entry in zip(mine, written, strict=True)])
-        files = {(column, part): entry for entries in everyone for column, part, entry in entries}
+        write_encoding(self._job, self._comm, self._rules, numbered, counted.counted)
         if self._comm.rank == 0:
-            self._job.mark(f"{ENCODING_FOLDER}/{ENCODING_NAME}", encoding_values(self._rules, numbered, files))
-            write_statistics(self._job, counted.counted, numbered)
             self._job.mark("numbered.json", True)
             for scratch in ("counts", "numbering"):
                 self._job.remove_unnamed(scratch, ())

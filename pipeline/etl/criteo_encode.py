@@ -201,7 +201,7 @@ class EncodePass:
     ) -> None:
         work = encoder.keys if group else encoder.rows
         last_group = group == len(self._groups) - 1
-        shards: _ChunkShards | None = None
+        shards: ShardFiles | None = None
         try:
             for item, result in in_order(self._pool, lambda one: work(_text(one)), chunk_pieces(chunks), self._ahead):
                 chunk = item.chunk
@@ -223,20 +223,22 @@ class EncodePass:
             if shards is not None:
                 shards.close(hashed=False)
 
-    def _open(self, chunk: Chunk, cut: Cut, *, fresh: bool) -> _ChunkShards:
+    def _open(self, chunk: Chunk, cut: Cut, *, fresh: bool) -> ShardFiles:
         names = [name for name in (cut.first, cut.second) if name]
-        return _ChunkShards(cut, [self._path(chunk.number, name) for name in names], fresh=fresh)
+        return ShardFiles(cut, [self._path(chunk.number, name) for name in names], fresh=fresh)
 
 
 def _text(item: ChunkPiece) -> Any:
     return item.piece.text
 
 
-class _ChunkShards:
+class ShardFiles:
     """The one or two shards of a chunk, written or filled in row by row."""
 
     def __init__(self, cut: Cut, paths: Sequence[Path], *, fresh: bool) -> None:
+        """Open the files; ``fresh`` ones are made anew."""
         self._cut = cut
+        self.paths = paths
         self._files = [path.open("w+b" if fresh else "r+b", buffering=0) for path in paths]
         self._digests = [hashlib.sha256() for _ in paths]
         self._names = [cut.first, cut.second]

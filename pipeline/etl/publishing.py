@@ -1,4 +1,7 @@
-"""From a complete working folder to the data set: files get their names, the manifest comes last."""
+"""What engines share: the vocabulary's files, and from a complete working folder to the data set.
+
+Files get their names at the end, the manifest comes last.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,40 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from embedding.comm import Comm
 from pipeline.etl.criteo_encode import ROW_BYTES, Shard
 from pipeline.etl.criteo_text import DENSE_NAMES
 from pipeline.etl.job import PUBLISHING, Job
-from pipeline.etl.statistics import stamp_statistics
-from pipeline.etl.vocabulary import ENCODING_FOLDER, Encoding
+from pipeline.etl.numbering import Numbered
+from pipeline.etl.rules import Rules
+from pipeline.etl.statistics import stamp_statistics, write_statistics
+from pipeline.etl.vocabulary import ENCODING_FOLDER, ENCODING_NAME, Encoding, encoding_values, num_parts, write_part
 from pipeline.manifest import MANIFEST_NAME, DenseInfo, FileInfo, Manifest, SplitInfo, TableInfo, write_manifest
 from pipeline.statistics import STATISTICS
 
 _MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Manifest)
 _SOURCE = "Criteo rows: label, 13 integers, 26 hexadecimal categories, tab-separated"
+
+
+def write_encoding(job: Job, comm: Comm, rules: Rules, numbered: Sequence[Numbered], rows: int) -> None:
+    """Write the vocabulary and its statistics into the working folder (collective).
+
+    Args:
+        job: working folder.
+        comm: of all ranks, which share the files out.
+        rules: of values.
+        numbered: by column.
+        rows: counted.
+    """
+    folder = job.folder / ENCODING_FOLDER
+    places = [(column, part) for column, one in enumerate(numbered) for part in range(num_parts(one))]
+    mine = places[comm.rank :: comm.size]
+    written = [write_part(folder, column, numbered[column], part) for column, part in mine]
+    everyone = job.agree([[*place, entry] for place, entry in zip(mine, written, strict=True)])
+    files = {(column, part): entry for entries in everyone for column, part, entry in entries}
+    if comm.rank == 0:
+        job.mark(f"{ENCODING_FOLDER}/{ENCODING_NAME}", encoding_values(rules, numbered, files))
+        write_statistics(job, rows, numbered)
 
 
 def shard_names(shards: Sequence[Shard]) -> list[str]:
