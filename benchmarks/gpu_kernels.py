@@ -1,11 +1,11 @@
 """Every kernel of a training step on one GPU: time, bytes, operations, and how near it comes to what the chip allows.
 
     python benchmarks/gpu_kernels.py --batches 65536 6912 --json figures.json
-    python benchmarks/gpu_kernels.py --only embedding --fbgemm
+    python benchmarks/gpu_kernels.py --only step
 
-A case is captured into a CUDA graph and launched alone; between launches the second-level cache is overwritten. The
-figure is the median. Floors come from this GPU's own rates, measured first: a device copy and a plain product. How to
-read it: benchmarks/README.md.
+Embeddings are timed beside FBGEMM's where fbgemm_gpu can be imported. A case is captured into a CUDA graph and launched
+alone; between launches the second-level cache is overwritten. The figure is the median. Floors come from this GPU's own
+rates, measured first: a device copy and a plain product. How to read it: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "peers")]
 
+from step_operations import DenseStep, Operation  # noqa: E402
+
 from dlrm import interaction_cuda, loss_cuda, optim, optim_cuda  # noqa: E402
 from dlrm.config import ModelConfig, OptimizerConfig  # noqa: E402
 from dlrm.cuda import CudaDevice  # noqa: E402
@@ -42,6 +44,8 @@ DIM, DENSE = 128, 13
 BOTTOM, TOP = (512, 256, 128), (1024, 1024, 512, 256, 1)
 DCN_HOTNESS = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
 FLUSH_BYTES = 256 << 20
+PARTS = ["step", "dense", "embedding"]
+FAST = "look-up and sgd, atomic additions"
 HALF, FLOAT = np.float16, np.float32
 
 
@@ -226,10 +230,16 @@ class Tables:
                 scalars, guard, sort,
             )  # fmt: skip
 
+        look_up = self.lookup()
+
+        def all_three() -> None:
+            look_up.run()
+            both()
+
+        size = 2 * self.rows_bytes + state_bytes + self.bags_bytes + self.keys.nbytes
         yield Case(f"{kind}: sort", sort_rows, 3.0 * self.keys.nbytes)
-        yield Case(
-            f"{kind}: sort and update", both, 2 * self.rows_bytes + state_bytes + self.bags_bytes + self.keys.nbytes
-        )
+        yield Case(f"{kind}: sort and update", both, size)
+        yield Case(f"{kind}: look-up, sort and update", all_three, size + look_up.bytes)
 
 
 def make_scalars(batch: int, **values: Any) -> np.ndarray:
@@ -242,9 +252,17 @@ def make_scalars(batch: int, **values: Any) -> np.ndarray:
 def embedding_cases(tables: Tables, kinds: Sequence[str], device: CudaDevice) -> Iterator[Case]:
     """Look-up and updates."""
     guard = cupy.asarray(write_guard(np.empty(SIZE, FLOAT), 1.0))
-    yield tables.lookup()
+    look_up = tables.lookup()
+    yield look_up
     if tables.weight.dtype == FLOAT:
-        yield tables.atomic_sgd(cupy.asarray(make_scalars(tables.batch, sparse=[1e-3])), guard)
+        atomic = tables.atomic_sgd(cupy.asarray(make_scalars(tables.batch, sparse=[1e-3])), guard)
+        yield atomic
+
+        def both() -> None:
+            look_up.run()
+            atomic.run()
+
+        yield Case(FAST, both, look_up.bytes + atomic.bytes)
     for kind in kinds:
         yield from tables.sorted_update(kind, guard, device)
 
@@ -360,6 +378,10 @@ def run_all(options: argparse.Namespace) -> list[Figure]:
             figures += time_cases(clock, f"dense, batch {batch}", dense_cases(batch, device))
         for exponent in options.exponents:
             law = f"power law {exponent}" if exponent else "uniform"
+            if "step" in options.only:
+                figures += time_step(clock, rows, batch, exponent, law)
+                gc.collect()
+                cupy.get_default_memory_pool().free_all_blocks()
             shapes = {"one-hot": (1,) * 26, "DCNv2": DCN_HOTNESS}
             for name, hotness in shapes.items() if "embedding" in options.only else ():
                 tables = Tables(rows, hotness, batch, exponent, FLOAT)
@@ -369,9 +391,9 @@ def run_all(options: argparse.Namespace) -> list[Figure]:
                 if name == "one-hot":
                     figures += time_cases(clock, f"interaction, batch {batch}, {law}", interaction_cases(tables))
                 if options.fbgemm:
-                    figures += peer(
-                        tables, f"FBGEMM: {group}", "sgd" if name == "one-hot" else "rowwise_adagrad", clock
-                    )
+                    kind = "sgd" if name == "one-hot" else "rowwise_adagrad"
+                    own = {figure.name: figure.us for figure in figures if figure.group == group}
+                    figures += peer(tables, group, kind, own, clock)
                 del tables
                 gc.collect()
                 cupy.get_default_memory_pool().free_all_blocks()
@@ -385,22 +407,67 @@ def run_all(options: argparse.Namespace) -> list[Figure]:
     return figures
 
 
-def peer(tables: Tables, group: str, kind: str, clock: Clock) -> list[Figure]:
-    """FBGEMM's forms on the same keys; the memory of this project's tables is given back first."""
+def peer(tables: Tables, group: str, kind: str, own: dict[str, float], clock: Clock) -> list[Figure]:
+    """FBGEMM's forms on the same keys, and how many times as long its best one takes.
+
+    The memory of this project's tables is given back first.
+    """
     import fbgemm_tables
 
     tables.weight = None
     gc.collect()
     cupy.get_default_memory_pool().free_all_blocks()
     figures = [
-        Figure(group, name, us, 0.0, 0.0, 0.0)
+        Figure(f"FBGEMM: {group}", name, us, 0.0, 0.0, 0.0)
         for name, us in fbgemm_tables.measure(
             tables.rows, DIM, tables.host_keys, tables.host_offsets, tables.batch, kind, clock.repetitions
         )
     ]
-    print(f"\n{group}")
+    print(f"\nFBGEMM: {group}")
     for figure in figures:
         print(f"{figure.name:44}{figure.us:10.1f}", flush=True)
+    forward = min(figure.us for figure in figures if figure.name.endswith("forward"))
+    step = min(figure.us for figure in figures if figure.name.endswith("update"))
+    for name, theirs in (("look-up", forward), (FAST, step), (f"{kind}: look-up, sort and update", step)):
+        if name in own and (name != FAST or kind == "sgd"):
+            print(f"{name:44}{theirs / own[name]:9.2f}x as fast as FBGEMM's best", flush=True)
+    return figures
+
+
+def fbgemm_is_here() -> bool:
+    """Whether FBGEMM can be imported; says so if not."""
+    try:
+        import fbgemm_tables  # noqa: F401
+    except (ImportError, OSError) as error:
+        print(f"FBGEMM is left out: {error}")
+        return False
+    return True
+
+
+def step_cases(rows: Sequence[int], batch: int, exponent: float) -> Iterator[Case]:
+    """Every operation of a training step, in order: one-hot, float32 tables, SGD by atomic additions."""
+    tables = Tables(rows, (1,) * len(rows), batch, exponent, FLOAT)
+    scalars = cupy.asarray(make_scalars(batch, sparse=[1e-3]))
+    guard = cupy.asarray(write_guard(np.empty(SIZE, FLOAT), 1.0))
+    config = ModelConfig(embedding_dim=DIM, bottom_mlp=BOTTOM, top_mlp=TOP)
+    dense = DenseStep(batch, len(rows), config, DENSE, scalars, guard)
+    tables.vectors, tables.gradients = dense.work.vectors, dense.work.grad_vectors
+    look_up, update = tables.lookup(), tables.atomic_sgd(scalars, guard)
+    for item in dense.operations([_as_operation(look_up)], [_as_operation(update)]):
+        yield Case(item.name, item.run, item.bytes, item.flop)
+
+
+def _as_operation(case: Case) -> Operation:
+    return Operation(f"embeddings: {case.name}", case.run, case.bytes, case.flop)
+
+
+def time_step(clock: Clock, rows: Sequence[int], batch: int, exponent: float, law: str) -> list[Figure]:
+    """The table of a whole step, with the sum of its lines."""
+    figures = time_cases(clock, f"whole step, batch {batch}, {law}", step_cases(rows, batch, exponent))
+    parts = figures[:-1]
+    total = sum(figure.us for figure in parts)
+    floor = sum(figure.floor_us for figure in parts)
+    print(f"{'sum of all but the last line':44}{total:10.1f}{'':20}{floor:10.1f}{floor / total:8.0%}", flush=True)
     return figures
 
 
@@ -411,11 +478,12 @@ def main() -> None:
     parser.add_argument("--exponents", type=float, nargs="+", default=[1.1, 0.0], help="0: uniform keys")
     parser.add_argument("--cap", type=int, default=4_000_000, help="most rows of a table")
     parser.add_argument("--kinds", nargs="+", default=list(sparse_optim.KINDS), help="optimisers of one-hot tables")
-    parser.add_argument("--only", nargs="+", default=["dense", "embedding"], choices=["dense", "embedding"])
+    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--fbgemm", action="store_true", help="beside FBGEMM (PyTorch and fbgemm_gpu must be there)")
+    parser.add_argument("--no-fbgemm", dest="fbgemm", action="store_false", help="leave FBGEMM out where it is")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    options.fbgemm = options.fbgemm and "embedding" in options.only and fbgemm_is_here()
     figures = run_all(options)
     if options.json:
         options.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=1))
