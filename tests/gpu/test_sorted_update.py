@@ -299,21 +299,32 @@ def test_tables_of_16_bits_round_to_a_neighbour(machine: Any, kind: str, dtype: 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_small_steps_are_not_lost(machine: Any, dtype: str, rng: np.random.Generator) -> None:
-    """Quarter steps of a format's spacing move the mean as they would in float32."""
-    rows, dim, steps = (64, 16, 8) if machine.emulated else (800, 128, 100)
+    """Steps of a quarter of the format's spacing move the mean as in float32: 100,000 of them on a GPU."""
+    rows, dim, steps = (32, 16, 300) if machine.emulated else (64, 128, 10**5)
     update = Update(rng, Batch(rng, [rows], rows, bags="one"), "sgd", dim, dtype, "float32")
-    update.batch.keys[:] = np.arange(rows)
+    batch = update.batch
+    batch.keys[:] = np.arange(rows)
     update.weight[...] = encode(np.ones(1), dtype)
     step = EPS[dtype] / 4
     update.gradients[...] = -step / 0.05 * 64  # against the rate and the loss scale
-    numbers = update.scalars.view(np.int32)
-    for at in range(steps):
-        numbers[4] = at + 1
-        update.weight, _ = update.run(machine)
-    moved = widened(update.weight).astype(np.float64) - 1
-    # A step adds one spacing with probability 1/4: the mean of N walks has this deviation; 7 of it never happen.
-    deviation = EPS[dtype] * np.sqrt(steps * 0.1875 / moved.size)
-    assert abs(moved.mean() - steps * step) < 7 * deviation
+    room, named = sorted_on(machine, batch, dim)
+    weight, scalars, guard = (machine.array(x) for x in (update.weight, update.scalars, update.guard))
+    rest = [machine.array(x) for x in (batch.mean, batch.place, update.gradients, update.origins)]
+    number = scalars.view(np.int32)[4:5]  # of the step
+    for _ in range(steps):
+        number += 1
+        # No row is in two chunks: the order can be used again.
+        sorted_update_cuda.update_sorted(
+            "sgd", weight, [], *named, rest[0], rest[1], rows, rest[2], rest[3], scalars, guard, room
+        )
+    moved = widened(machine.host(weight)).astype(np.float64) - 1
+    # Every step ends a spacing too high or too low, and on average where it should: a walk. A spacing is at most EPS
+    # times the largest value; the mean of N walks has this deviation at most, and 7 of it never happen.
+    spacing = EPS[dtype] * (1 + steps * step + np.abs(moved).max())
+    deviation = np.sqrt(steps * step * spacing / moved.size)
+    assert abs(moved.mean() - steps * step) < 7 * deviation + 1e-4 * steps * step
+    # Which would say nothing if the walks were as wide as the way.
+    assert 7 * deviation < 0.3 * steps * step
     assert moved.std() > 0
 
 
