@@ -170,7 +170,7 @@ class Tables:
         self.weight = cupy.zeros((int(np.sum(rows)), DIM), dtype)
         self.vectors = cupy.zeros((batch, len(rows) + 1, DIM), HALF)
         self.gradients = cupy.full((batch, len(rows) + 1, DIM), 1e-3, HALF)
-        origins = [(table, 0, 1, 0) for table in range(len(rows))]
+        origins = [(table, 0, 1, 0, int(np.sum(rows[:table]))) for table in range(len(rows))]
         self.origins = cupy.asarray(np.array(origins, np.int64))
 
     @property

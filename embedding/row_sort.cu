@@ -83,7 +83,7 @@ KERNEL void __launch_bounds__(THREADS) name_bags(
 
 #ifdef BAGS
 
-// touched[row] = 1 for every row that a key names.
+// touched[row] = 1 for every row that a key names; one below 0 names none.
 KERNEL void __launch_bounds__(THREADS) mark_touched(
     const int64* __restrict__ row_start, const KEY* __restrict__ keys, const int64* __restrict__ offsets,
     uint32 num_keys, uint32 num_rows, int num_tables, unsigned char* __restrict__ touched) {
@@ -100,7 +100,7 @@ KERNEL void __launch_bounds__(THREADS) mark_touched(
     }
     table = low;
   }
-  touched[row_start[table] + keys[k]] = 1;
+  if (keys[k] >= 0) touched[row_start[table] + keys[k]] = 1;
 }
 
 #endif  // BAGS

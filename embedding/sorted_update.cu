@@ -64,12 +64,23 @@ struct Tables {
   uint64 seed;
 };
 
-// Where a table's rows come from, so that the rounding of a row is the same wherever it lies.
+// Where a shard's rows come from, so that the rounding of a row is the same wherever it lies.
 struct Origin { uint32 tensor, row, column_block; };
 
-DEVICE Origin origin_of(const int64* origins, const int64* row_start, uint32 table, uint32 row) {
-  const int64* own = origins + 4 * table;
-  return {uint32(own[0]), uint32(own[1] + (int64(row) - row_start[table]) * own[2]), uint32(own[3] / 4)};
+DEVICE Origin origin_of(const int64* origins, uint32 shard, uint32 row) {
+  const int64* own = origins + 5 * shard;
+  return {uint32(own[0]), uint32(own[1] + (int64(row) - own[4]) * own[2]), uint32(own[3] / 4)};
+}
+
+// The shard that a row of the store lies in: the last one that begins there or before.
+DEVICE uint32 shard_of(const int64* origins, uint32 num_shards, uint32 row) {
+  uint32 low = 0, high = num_shards - 1;
+  while (low < high) {
+    const uint32 middle = (low + high + 1) / 2;
+    if (origins[5 * middle + 4] <= row) low = middle;
+    else high = middle - 1;
+  }
+  return low;
 }
 
 // Round a number to one of its two neighbours, in expectation to itself.
@@ -252,10 +263,10 @@ DEVICE void prefetch_row(const Tables& t, uint32 row, int lane) {
 // the chunks, each with its next keys on their way.
 KERNEL void __launch_bounds__(THREADS, SUM_BLOCKS) sum_chunks(
     const uint32* __restrict__ rows, const uint32* __restrict__ named, const uint32* __restrict__ bags, uint32* info,
-    uint32 chunks, float* __restrict__ partials, uint32* __restrict__ open_runs, const int64* __restrict__ row_start,
-    const int64* __restrict__ offsets, const float* __restrict__ key_weights, const unsigned char* __restrict__ mean,
-    const int64* __restrict__ place, const int64* __restrict__ origins, uint32 num_rows, uint32 num_places,
-    const GRAD* __restrict__ gradients, WEIGHT* weight, float* firsts, float* seconds,
+    uint32 chunks, float* __restrict__ partials, uint32* __restrict__ open_runs, const int64* __restrict__ offsets,
+    const float* __restrict__ key_weights, const unsigned char* __restrict__ mean,
+    const int64* __restrict__ place, const int64* __restrict__ origins, uint32 num_shards, uint32 num_rows,
+    uint32 num_places, const GRAD* __restrict__ gradients, WEIGHT* weight, float* firsts, float* seconds,
     const float* __restrict__ scalars, const float* __restrict__ guard) {
   if (stays_out(scalars, guard)) return;
   const uint32 count = info[COUNT];
@@ -294,6 +305,7 @@ KERNEL void __launch_bounds__(THREADS, SUM_BLOCKS) sum_chunks(
       if (tile == begin) open = __shfl_sync(members, next.before == row, 0, GROUP);
       if (last && !ADDED) prefetch_row(tables, row, lane);
       const uint32 bag = WEIGHTED ? bags[next.named] : next.named, table = bag / num_rows;
+      const uint32 shard = ROUNDED ? shard_of(origins, num_shards, row) : 0;
       const uint32 source = (bag - table * num_rows) * num_places + uint32(place[table]);
       float factor = WEIGHTED ? key_weights[next.named] : 1.0f;
       if (BAGS && mean[table]) factor /= float(offsets[bag + 1] - offsets[bag]);
@@ -337,13 +349,13 @@ KERNEL void __launch_bounds__(THREADS, SUM_BLOCKS) sum_chunks(
 #pragma unroll
           for (int i = 0; i < OLD; ++i) {
             add_key(h + i);
-            const uint32 in = ROUNDED ? __shfl_sync(members, table, j + h + i, GROUP) : 0;
+            const uint32 in = ROUNDED ? __shfl_sync(members, shard, j + h + i, GROUP) : 0;
             if (here >> (h + i) & 1) {
               if (open) {
                 leave(partials);
               } else {
                 old[i].update(tables, of[i], lane, members, sum,
-                              ROUNDED ? origin_of(origins, row_start, in, of[i]) : Origin{0, 0, 0});
+                              ROUNDED ? origin_of(origins, in, of[i]) : Origin{0, 0, 0});
               }
               open = false;
               clear();
@@ -420,11 +432,9 @@ DEVICE uint32 chunks_of_row(const uint32* rows, uint32 count, uint32 first, uint
 
 // Add up the partial sums of the runs that cross chunks, and update their rows: long runs by blocks, short by warps.
 KERNEL void __launch_bounds__(THREADS) finish_runs(
-    const uint32* __restrict__ rows, const uint32* __restrict__ named, const uint32* __restrict__ bags,
-    const uint32* __restrict__ info, uint32 chunks, const float* __restrict__ partials,
-    const uint32* __restrict__ open_runs, const int64* __restrict__ row_start, const int64* __restrict__ origins,
-    uint32 num_rows, WEIGHT* weight, float* firsts, float* seconds, const float* __restrict__ scalars,
-    const float* __restrict__ guard) {
+    const uint32* __restrict__ rows, const uint32* __restrict__ info, uint32 chunks, const float* __restrict__ partials,
+    const uint32* __restrict__ open_runs, const int64* __restrict__ origins, uint32 num_shards, WEIGHT* weight,
+    float* firsts, float* seconds, const float* __restrict__ scalars, const float* __restrict__ guard) {
   SHARED float4 shares[THREADS / LANES][OWN * LANES];
   if (stays_out(scalars, guard)) return;
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = THREADS / LANES;
@@ -433,9 +443,9 @@ KERNEL void __launch_bounds__(THREADS) finish_runs(
   const float* begins = partials + int64(chunks) * DIM;
   const float* stretches = begins + int64(chunks) * DIM;
 
-  auto update = [&](uint32 chunk, uint32 row, const float4 (&sum)[OWN]) {
+  auto update = [&](uint32 row, const float4 (&sum)[OWN]) {
     Origin origin = {0, 0, 0};
-    if (ROUNDED) origin = origin_of(origins, row_start, bag_of(named, bags, chunk * CHUNK + CHUNK - 1) / num_rows, row);
+    if (ROUNDED) origin = origin_of(origins, shard_of(origins, num_shards, row), row);
     WarpRow old;
     old.load(tables, row, lane, true);
     old.update(tables, row, lane, ALL_LANES, sum, origin);
@@ -472,7 +482,7 @@ KERNEL void __launch_bounds__(THREADS) finish_runs(
 #pragma unroll
         for (int p = 0; p < OWN; ++p) sum[p] = add(sum[p], shares[w][p * LANES + lane]);
       }
-      update(chunk, row, sum);
+      update(row, sum);
     }
     __syncthreads();
   }
@@ -487,6 +497,31 @@ KERNEL void __launch_bounds__(THREADS) finish_runs(
     add_vectors(sum, begins + int64(chunk) * DIM, lane);
 #pragma unroll 4
     for (uint32 i = 0; i < more; ++i) add_vectors(sum, partials + (int64(chunk) + 1 + i) * DIM, lane);
-    update(chunk, row, sum);
+    update(row, sum);
+  }
+}
+
+// Update the rows that are touched; sums[row] is the gradient of each.
+KERNEL void __launch_bounds__(THREADS) update_rows(
+    const float* __restrict__ sums, const unsigned char* __restrict__ touched, uint32 count,
+    const int64* __restrict__ origins, uint32 num_shards, WEIGHT* weight, float* firsts, float* seconds,
+    const float* __restrict__ scalars, const float* __restrict__ guard) {
+  if (stays_out(scalars, guard)) return;
+  const int lane = threadIdx.x % LANES;
+  const Tables tables = tables_of(weight, firsts, seconds, scalars, guard, lane);
+  const uint32 step = gridDim.x * THREADS;
+  for (uint32 first = blockIdx.x * THREADS + threadIdx.x / LANES * LANES; first < count; first += step) {
+    uint32 left = __ballot_sync(ALL_LANES, first + lane < count && touched[first + lane] != 0);
+    for (; left != 0; left &= left - 1) {
+      const uint32 row = first + __ffs(left) - 1;
+      float4 sum[OWN];
+#pragma unroll
+      for (int p = 0; p < OWN; ++p) sum[p] = make_float4(0, 0, 0, 0);
+      add_vectors(sum, sums + int64(row) * DIM, lane);
+      WarpRow old;
+      old.load(tables, row, lane, true);
+      old.update(tables, row, lane, ALL_LANES, sum,
+                 ROUNDED ? origin_of(origins, shard_of(origins, num_shards, row), row) : Origin{0, 0, 0});
+    }
   }
 }

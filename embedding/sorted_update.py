@@ -18,19 +18,27 @@ from dlrm.device import Array
 from dlrm.philox import philox4x32, tensor_id
 from dlrm.scalars import SEED_HIGH, SEED_LOW, SPARSE, STEP_LOW, UNSCALE, is_blocked
 from embedding.row_sort import RowSort
-from embedding.sparse_optim import KINDS, update
+from embedding.sparse_optim import KINDS, update, widened
 from embedding.table import Shard
+
+_FIRST, _SUM = np.zeros(1, np.int64), np.zeros(1, np.bool_)
+_NO_OFFSETS, _NO_WEIGHTS = np.empty(0, np.int64), np.empty(0, np.float32)
 
 
 def origins_of(shards: Sequence[Shard]) -> Array:
-    """Where the rows of each shard come from: [T, 4] int64 of tensor, first row, distance of rows, first column."""
+    """Where the rows of a store's shards come from.
+
+    Returns:
+        [S, 5] int64: tensor, first row, distance of rows, first column, and the first row in the store.
+    """
+    starts = np.cumsum([0, *(len(shard.rows) for shard in shards)]).tolist()
     return np.array(
         [
-            (tensor_id(f"table.{shard.table}"), shard.rows.start, shard.rows.step, shard.columns.start)
-            for shard in shards
+            (tensor_id(f"table.{shard.table}"), shard.rows.start, shard.rows.step, shard.columns.start, start)
+            for shard, start in zip(shards, starts, strict=False)
         ],
         np.int64,
-    ).reshape(-1, 4)
+    ).reshape(-1, 5)
 
 
 def update_sorted(
@@ -66,7 +74,7 @@ def update_sorted(
         place: [T] int64, where each table's gradient lies.
         num_rows: B.
         gradients: [B or more, F, D] C-contiguous float32, float16 or bfloat16, times the loss scale.
-        origins: [T, 4] int64 (``origins_of``); read for 16-bit tables alone.
+        origins: [S, 5] int64 (``origins_of``); read for 16-bit tables alone.
         scalars: see ``dlrm.scalars``.
         guard: see ``dlrm.scalars``.
         sort: the same keys after ``row_sort.sort_rows``.
@@ -86,24 +94,59 @@ def update_sorted(
         return
     bags = np.arange(len(row_start) * num_rows)
     table = np.repeat(bags, np.diff(offsets) if len(offsets) else 1) // max(1, num_rows)
-    rows, where = np.unique(row_start[table] + keys[:count], return_index=True)
-    random = random_words(origins[table[where]], rows - row_start[table[where]], weight.shape[1], scalars)
+    _store_rounded(weight, np.unique(row_start[table] + keys[:count]), wide, origins, scalars)
+
+
+def update_summed(
+    kind: str,
+    weight: Array,
+    state: Sequence[Array],
+    sums: Array,
+    touched: Array,
+    origins: Array,
+    scalars: Array,
+    guard: Array,
+) -> None:
+    """Update rows whose gradients have been summed, each once.
+
+    Args:
+        kind: as of ``update_sorted``.
+        weight: [R, D] float32, float16 or bfloat16; the first H rows are changed.
+        state: as of ``update_sorted``.
+        sums: [H, D] float32, times the loss scale.
+        touched: [H] uint8: not 0 for rows that are to be updated.
+        origins: [S, 5] int64 (``origins_of``); read for 16-bit tables alone.
+        scalars: see ``dlrm.scalars``.
+        guard: see ``dlrm.scalars``; nothing is written when it says so.
+    """
+    numbers = scalars[SPARSE : SPARSE + 8]
+    if is_blocked(guard) or (kind == "ftrl" and numbers[0] == 0):
+        return
+    rows = np.flatnonzero(touched)
+    wide = weight if weight.dtype == np.float32 else widened(weight)
+    arrays = [*state, wide[:0], wide[:0]]
+    update(
+        KINDS.index(kind), numbers, wide, arrays[0], arrays[1], _FIRST, rows, _NO_OFFSETS, _NO_WEIGHTS, _SUM, _FIRST,
+        len(rows), sums[rows][:, None] * np.float32(guard[UNSCALE]),
+    )  # fmt: skip
+    if wide is not weight:
+        _store_rounded(weight, rows, wide, origins, scalars)
+
+
+def _store_rounded(weight: Array, rows: Array, wide: Array, origins: Array, scalars: Array) -> None:
+    """Take ``rows`` of ``wide`` over into 16-bit tables."""
+    # The last shard that begins at the row or before: those without rows begin where the next one does.
+    shard = np.searchsorted(origins[:, 4], rows, side="right") - 1
+    random = random_words(origins[shard], rows - origins[shard, 4], weight.shape[1], scalars)
     weight[rows] = round_stochastically(wide[rows], random, weight.dtype)
-
-
-def widened(array: Array) -> Array:
-    """16-bit numbers as float32, wider ones as they are; uint16 holds the bits of bfloat16."""
-    if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 def random_words(origins: Array, rows: Array, dim: int, scalars: Array) -> Array:
     """Random numbers for rounding rows: [N, D] uint32.
 
     Args:
-        origins: [N, 4], of each row's table.
-        rows: [N], inside that part of the table.
+        origins: [N, 5], of each row's shard.
+        rows: [N], inside that shard.
         dim: D, a multiple of 4.
         scalars: see ``dlrm.scalars``; step and seed are used.
     """

@@ -20,7 +20,7 @@ constexpr int GROUPS = LANES / GROUP;
 constexpr int OWN_KEYS = (KEYS + GROUPS - 1) / GROUPS;
 constexpr int AHEAD = PARTS >= 8 ? 1 : (8 / PARTS < OWN_KEYS ? 8 / PARTS : OWN_KEYS);
 
-// weight[row_start[t] + keys[t, b]] -= lr / loss_scale * gradients[b, place[t]].
+// weight[row_start[t] + keys[t, b]] -= lr / loss_scale * gradients[b, place[t]]; a key below 0 names no row.
 KERNEL void __launch_bounds__(512) sgd_one_hot(
     float* __restrict__ weight, const int64* __restrict__ row_start, const KEY* __restrict__ keys,
     const int64* __restrict__ place, int64 num_rows, int num_tables, int num_places, int workers,
@@ -59,16 +59,17 @@ KERNEL void __launch_bounds__(512) sgd_one_hot(
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
           const int k = (turn + i) * GROUPS + lane / GROUP;
+          const bool named = __shfl_sync(ALL_LANES, key, k % LANES) >= 0;
 #pragma unroll
           for (int p = 0; p < PARTS; ++p) {
-            if (k < count) v[i][p] = stream_4(chunk_gradients + k * num_places * DIM + p * GROUP * 4);
+            if (k < count && named) v[i][p] = stream_4(chunk_gradients + k * num_places * DIM + p * GROUP * 4);
           }
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
           const int k = (turn + i) * GROUPS + lane / GROUP;
           const int64 row = __shfl_sync(ALL_LANES, key, k % LANES);
-          if (k >= count) continue;
+          if (k >= count || row < 0) continue;
           if (row < HOT) {
             const bool known = here >> row & 1;
             float4* target = own + row * PARTS * GROUP;

@@ -188,12 +188,13 @@ def update_rows(
 
 
 def mark_touched(keys: Array, offsets: Array, row_start: Array, num_rows: int, touched: Array) -> None:
-    """Set ``touched`` [R] for every row that a bag names; arguments as of ``update_rows``."""
+    """Set ``touched`` [R] for every row that a bag names; arguments as of ``update_rows``. A key below 0 names none."""
     for table, start in enumerate(row_start.tolist()):
         begin, end = table * num_rows, (table + 1) * num_rows
         if len(offsets):
             begin, end = int(offsets[begin]), int(offsets[end])
-        touched[start:][keys[begin:end]] = True
+        own = keys[begin:end]
+        touched[start:][own[own >= 0]] = True
 
 
 def share_work(offsets: Array, num_tables: int, num_rows: int, workers: int) -> tuple[Array, Array, Array, Array]:
@@ -303,6 +304,13 @@ def _apply(
             return weight - lr * gradient, []
 
 
+def widened(array: Array) -> Array:
+    """16-bit numbers as float32, wider ones as they are; uint16 holds the bits of bfloat16."""
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
 def sgd_one_hot(
     weight: Array,
     row_start: Array,
@@ -320,7 +328,7 @@ def sgd_one_hot(
     Args:
         weight: [R, D] float32; changed.
         row_start: [T] int64, first row of each table.
-        keys: [T * B] int32 or int64, table-major.
+        keys: [T * B] int32 or int64, table-major; one below 0 names no row.
         place: [T] int64, where each table's gradient lies.
         num_rows: B.
         gradients: [B or more, F, D] C-contiguous, times the loss scale.
@@ -332,9 +340,9 @@ def sgd_one_hot(
     rate = np.float32(scalars[SPARSE]) * np.float32(guard[UNSCALE])
     keys = keys.reshape(len(row_start), num_rows)
     for table in range(len(row_start)):
-        np.subtract.at(
-            weight, row_start[table] + keys[table], rate * gradients[:num_rows, place[table]].astype(weight.dtype)
-        )
+        named = keys[table] >= 0
+        own = gradients[:num_rows, place[table]][named]
+        np.subtract.at(weight, row_start[table] + keys[table][named], rate * widened(own).astype(weight.dtype))
 
 
 def sgd_bags(

@@ -19,6 +19,8 @@ CUDA_MODULES = (
     "dlrm.optim_cuda",
     "dlrm.philox_cuda",
     "embedding.lookup_cuda",
+    "embedding.pair_lists_cuda",
+    "embedding.row_moves_cuda",
     "embedding.row_sort_cuda",
     "embedding.sorted_update_cuda",
     "embedding.sparse_optim_cuda",

@@ -12,8 +12,8 @@ from dlrm.device import HostDevice
 from dlrm.scalars import NOT_FINITE, OVERFLOW, SIZE, write_guard, write_scalars
 from embedding import row_sort_cuda, sorted_update_cuda
 from embedding.row_sort import COUNT, RowSort, digits_of, sort_rows
-from embedding.sorted_update import update_sorted, widened
-from embedding.sparse_optim import KINDS, constants, mark_touched, state_specs
+from embedding.sorted_update import update_sorted
+from embedding.sparse_optim import KINDS, constants, mark_touched, state_specs, widened
 from embedding.sparse_optim import sgd_bags as host_sgd_bags
 from embedding.sparse_optim_cuda import sgd_bags, sgd_one_hot
 
@@ -141,7 +141,8 @@ class Update:
         self.gradients = encode(rng.standard_normal((batch.num_rows, len(batch.rows) + 1, dim)) * 64, grad)
         starts = rng.integers(0, 10**6, len(batch.rows))
         columns = np.zeros_like(starts) + 4 * int(rng.integers(3))
-        self.origins = np.stack([rng.integers(0, 2**32, len(starts)), starts, starts % 3 + 1, columns], axis=1)
+        tensors = rng.integers(0, 2**32, len(starts))
+        self.origins = np.stack([tensors, starts, starts % 3 + 1, columns, batch.row_start], axis=1)
         self.scalars = write_scalars(
             np.empty(SIZE, np.float32), lr=0.0, global_rows=1, valid_rows=1, step=int(rng.integers(1, 2**31)),
             seed=int(rng.integers(2**63)), sparse=constants(config(kind), 0.05, 7).tolist(),

@@ -38,6 +38,14 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
             (8, "half_t", "float", 2, 0, 0),
         )
     ),
+    "embedding/pair_lists.cu": ((("KEY", "int"),), (("KEY", "int64"),)),
+    "embedding/row_moves.cu": tuple(
+        (("DIM", dim), ("IN", source), ("OUT", target), ("FROM", listed), ("TO", 1 - listed), ("SCALED", scaled))
+        for dim, source, target, listed, scaled in (
+            (128, "float", "half_t", 1, 1), (128, "half_t", "half_t", 0, 0), (48, "float", "float", 1, 0),
+            (16, "bfloat_t", "float", 0, 0), (256, "half_t", "bfloat_t", 1, 0),
+        )
+    ),
     "dlrm/interaction.cu": (
         (("DIM", 128), ("VECTORS", 27), ("FIRST", 1), ("NUMBER", "half_t"), ("ALIGNED", 1), ("RELU", 1)),
         (("DIM", 40), ("VECTORS", 60), ("FIRST", 0), ("NUMBER", "bfloat_t"), ("ALIGNED", 0), ("RELU", 0)),

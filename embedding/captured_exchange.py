@@ -1,0 +1,397 @@
+"""Tables over several GPUs, looked up, exchanged and updated by steps that are captured into CUDA graphs.
+
+Every rank has the keys of the whole global batch, so that owners and those who ask make the same lists of what travels
+(``pair_lists``) and no key is exchanged. What is frequent lies on every rank: looked up where it is needed, its
+gradients summed here and then over all ranks. All sizes are fixed, and nothing waits for the host. A batch for which a
+list is too short is noted in the guard before anything is written, by all ranks alike; whoever reads that there runs
+the batch again with ``exact`` buffers.
+
+Shapes: T tables of one key a bag, W ranks, G rows of the global batch, B of this rank, F = first + T places, D columns,
+H replicated rows, C_o most rows that rank o sends to one other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dlrm.config import OptimizerConfig
+from dlrm.device import Array, Device
+from dlrm.errors import ConfigError
+from dlrm.scalars import OVERFLOW, SIZE, SPARSE, UNSCALE, write_guard
+from embedding.batch import check_arrays, check_trains
+from embedding.buffers import NO_OFFSETS, NO_WEIGHTS
+from embedding.captured_placement import SIGMAS, pair_capacities, place_tables
+from embedding.captured_update import CapturedUpdate
+from embedding.comm import Comm
+from embedding.exchange_buffers import ExchangeBuffers, as_bytes, wire_type
+from embedding.pair_lists import PairLists, count_pairs, list_pairs
+from embedding.placement import Plan
+from embedding.row_moves import move_rows
+from embedding.row_sort import RowSort, sort_rows
+from embedding.sorted_update import origins_of, update_sorted, update_summed
+from embedding.sparse_optim import mark_touched, sgd_one_hot
+from embedding.store_mirrors import StoreMirrors
+from embedding.table import Shard
+from embedding.topology import Topology, share_of
+from embedding.wire import Precision
+
+
+class ExchangedEmbedding:
+    """All tables, over the GPUs of a run.
+
+    Attributes:
+        specs: the tables, in manifest order.
+        plan: where they lie.
+        comm: the ranks; carries buffers of the device.
+        topology: of ``comm``.
+        first: place of table 0 in the vectors.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        comm: Comm,
+        topology: Topology | None,
+        device: Device,
+        optimizer: OptimizerConfig,
+        table_dtype: Any,
+        seed: int | None,
+        first: int,
+        deterministic: bool,
+        exchange_precision: Precision = "fp32",
+        shares: Array | None = None,
+        sigmas: float = SIGMAS,
+    ) -> None:
+        """Allocate and initialise what this rank holds.
+
+        Args:
+            plan: placements of all tables on ``comm.size`` ranks.
+            comm: the ranks.
+            topology: their nodes.
+            device: holds this rank's part.
+            optimizer: of the tables.
+            table_dtype: float32, float16 or bfloat16 (uint16).
+            seed: of the run; ``None``: tables of zeros, for timing.
+            first: place of table 0 in the vectors: 1 behind a bottom MLP's output, else 0.
+            deterministic: no sums in an order of their own making.
+            exchange_precision: how rows and gradients travel, where the vectors are not narrower.
+            shares: [T, W] part of each table's look-ups that goes to each owner (``captured_placement.owner_shares``),
+                the same on all ranks; ``None``: lists have room for whatever keys there may be.
+            sigmas: standard deviations that lists have room for above what is expected.
+
+        Raises:
+            ConfigError: the plan is for other ranks, or has placements that GPUs do not do.
+            DeviceError: there are too many rows.
+        """
+        if plan.ranks != comm.size:
+            raise ConfigError(f"plan: made for {plan.ranks} ranks, but there are {comm.size}; plan again")
+        self.specs, self.plan, self.comm, self.topology, self.first = plan.specs, plan, comm, topology, first
+        self._device, self._optimizer, self._deterministic = device, optimizer, deterministic
+        self._precision, self._shares, self._sigmas = exchange_precision, shares, sigmas
+        self._dim = plan.specs[0].dim
+        adds = optimizer.kind == "sgd" and np.dtype(table_dtype) == np.float32 and not deterministic
+        self._placed = place_tables(
+            plan, rank=comm.rank, first=first, device=device, optimizer=optimizer, dtype=table_dtype, seed=seed,
+            own_pads=not adds, frequent_pads=deterministic,
+        )  # fmt: skip
+        store, xp = self._placed.store, device.xp
+        self._adds = adds
+        self._origins = xp.asarray(origins_of(store.shards))
+        self._nothing: tuple[Array, Array, Array] = (
+            xp.asarray(NO_OFFSETS), xp.asarray(NO_WEIGHTS), xp.asarray(np.empty(0, np.int32)),
+        )  # fmt: skip
+        self._sums_of_tables = xp.asarray(np.zeros(len(self.specs), np.bool_))
+        # The sums of replicated rows' gradients; one row more for the keys of other rows.
+        self._sums = device.zeros((self._placed.frequent + 1, self._dim), np.float32)
+        unit = np.zeros(SIZE, np.float32)
+        unit[SPARSE] = -1.0  # "SGD" with this rate adds gradients up
+        self._unit = xp.asarray(unit), xp.asarray(write_guard(np.empty(SIZE, np.float32), 1.0))
+        self._touched: Array | None = None
+        self._mirrors = StoreMirrors(device, self._placed.shards())
+
+    # --- what checkpoints ask for
+
+    def shards(self) -> list[Shard]:
+        """What this rank holds as arrays of the host, in manifest order; of one table, replicated rows first.
+
+        Call ``settle`` before reading and ``spread`` after writing them; ``touched`` is that of the moment.
+        """
+        parts: list[Array | None] = [None] * len(self._mirrors.held)
+        if self._touched is not None:
+            rows = self._device.to_host(self._touched)
+            ends = np.cumsum([len(shard.rows) for shard in self._mirrors.held])
+            parts = list(np.split(rows[: ends[-1]], ends[:-1]))
+        order = {spec.name: place for place, spec in enumerate(self.specs)}
+        return sorted(self._mirrors.all(parts), key=lambda shard: order[shard.table])
+
+    def settle(self) -> None:
+        """Bring the arrays of ``shards`` up to date."""
+        self._mirrors.settle()
+
+    def spread(self) -> None:
+        """Take over what was written into the arrays of ``shards``."""
+        self._mirrors.spread()
+
+    def track_touched(self) -> None:
+        """Note from now on which rows are updated; before anything is captured."""
+        if self._touched is None:
+            self._touched = self._device.zeros(len(self._placed.store.weight), np.bool_)
+
+    def clear_touched(self) -> None:
+        """Forget which rows were updated."""
+        if self._touched is not None:
+            self._touched.fill(0)
+
+    def buffers(self, capacity: int, vectors: Array, grad_vectors: Array | None = None) -> ExchangeBuffers:
+        """Room for one batch in flight, of one key a bag.
+
+        Args:
+            capacity: most rows of any rank: a whole batch over the ranks, rounded up; the same on every rank.
+            vectors: [capacity or more, F, D] C-contiguous; the output.
+            grad_vectors: the same shape; its gradients. ``None``: forward only.
+
+        Raises:
+            ConfigError: an array has another shape, dtype or layout.
+        """
+        check_arrays(vectors, grad_vectors, capacity, (self.first + len(self.specs), self._dim), vectors.dtype)
+        keys = self._device.zeros(max(1, len(self.specs) * capacity * self.comm.size), np.int32)
+        capacities = pair_capacities(self.plan, capacity, self._shares, self._sigmas)
+        return self._make(capacity, vectors, grad_vectors, keys, capacities)
+
+    def exact(self, buffers: ExchangeBuffers, rows: int, global_rows: int) -> ExchangeBuffers:
+        """The same batch with lists of the length that it needs, after ``input_dist``; the host waits for counts.
+
+        Args:
+            buffers: the batch's, whose lists may have run over.
+            rows: B.
+            global_rows: G.
+        """
+        self._run(count_pairs, buffers.keys, global_rows, self._placed.layout, buffers.lists)
+        capacities = self._device.to_host(buffers.lists.totals).max(axis=1).tolist()
+        made = self._make(buffers.capacity, buffers.vectors, buffers.grad_vectors, buffers.keys, tuple(capacities))
+        made.exact = True
+        self.input_dist(made, rows, global_rows)
+        return made
+
+    def _make(
+        self, capacity: int, vectors: Array, grad_vectors: Array | None, keys: Array, capacities: tuple[int, ...]
+    ) -> ExchangeBuffers:
+        device, placed, dim = self._device, self._placed, self._dim
+        trains = grad_vectors is not None
+        lists = PairLists.create(device, placed.layout, capacity, capacities, own=trains and self._adds)
+        wire = wire_type(self._precision, vectors.dtype)
+        fetched = sum(capacities) - capacities[self.comm.rank]
+        buffers = ExchangeBuffers(
+            capacity=capacity, vectors=vectors, grad_vectors=grad_vectors, keys=keys, lists=lists,
+            owned=device.zeros((len(lists.given), dim), wire), fetched=device.zeros((fetched, dim), wire),
+        )  # fmt: skip
+        if not trains:
+            return buffers
+        buffers.guard = device.zeros(SIZE, np.float32)
+        buffers.update = CapturedUpdate(
+            self._optimizer, placed.flat, np.zeros(1, np.bool_), np.zeros(1, np.int64), max(1, len(lists.given)),
+            one_hot=True, weighted=False, deterministic=self._deterministic, device=device,
+        )  # fmt: skip
+        if self._deterministic:
+            buffers.order = RowSort.create(
+                device, max(1, len(self.specs) * capacity), placed.frequent + 1, dim, weighted=False
+            )
+        return buffers
+
+    def input_dist(self, buffers: ExchangeBuffers, rows: int, global_rows: int) -> None:
+        """Find out from the keys in ``buffers`` what travels, and bring it into order where an update needs it.
+
+        Args:
+            buffers: the batch's.
+            rows: B.
+            global_rows: G.
+
+        Raises:
+            ConfigError: the batch is larger than the buffers.
+        """
+        if share_of(global_rows, self.comm.size, 0) > buffers.capacity:
+            raise ConfigError(
+                f"batch: {global_rows} rows on {self.comm.size} ranks, but the buffers hold {buffers.capacity} of each"
+            )
+        buffers.num_rows, buffers.global_rows = rows, global_rows
+        lists, layout = buffers.lists, self._placed.layout
+        lists.touched.fill(0)
+        self._run(count_pairs, buffers.keys, global_rows, layout, lists)
+        self._run(list_pairs, buffers.keys, global_rows, layout, lists)
+        if buffers.update is None:
+            return
+        offsets, weights, _ = self._nothing
+        if len(lists.given):
+            buffers.update.prepare(lists.given, offsets, weights, len(lists.given))
+        if buffers.order is not None and rows:
+            keys = lists.frequent[: len(self.specs) * rows]
+            self._run(
+                sort_rows, layout.frequent_start, keys, offsets, weights, rows, self._placed.frequent + 1, buffers.order
+            )
+
+    def lookup(self, buffers: ExchangeBuffers) -> None:
+        """Put the rows that lie here into the vectors, and those that others ask for side by side."""
+        lists, weight, nothing = buffers.lists, self._placed.store.weight, self._nothing[2]
+        places = buffers.num_rows * self._placed.layout.num_places
+        self._run(move_rows, weight, lists.local[:places], self._flat(buffers.vectors)[:places], nothing)
+        others = self._others(buffers)
+        self._run(move_rows, weight, lists.given[:others], buffers.owned[:others], nothing)
+
+    def output_dist(self, buffers: ExchangeBuffers) -> None:
+        """Bring the rows to the ranks that ask for them."""
+        lists, others = buffers.lists, len(buffers.fetched)
+        self._exchange(buffers.owned, buffers.fetched, lists, outward=True)
+        target, nothing = self._flat(buffers.vectors), self._nothing[2]
+        self._run(move_rows, buffers.fetched, nothing, target, lists.asked[:others])
+
+    def grad_dist(self, buffers: ExchangeBuffers) -> None:
+        """Send the gradients ``grad_vectors`` to the owners, and sum those of replicated rows.
+
+        Raises:
+            ConfigError: the buffers are forward only.
+        """
+        check_trains(buffers.grad_vectors)
+        lists, others, nothing = buffers.lists, len(buffers.fetched), self._nothing[2]
+        source, scale = self._flat(buffers.grad_vectors), self._scale(buffers)
+        self._run(move_rows, source, lists.asked[:others], buffers.fetched, nothing, scale)
+        if not self._adds:
+            own = buffers.owned[self._others(buffers) :]
+            self._run(move_rows, source, lists.asked[others:], own, nothing, scale)
+        self._exchange(buffers.fetched, buffers.owned, lists, outward=False)
+        if self._placed.frequent:
+            self._sum_frequent(buffers)
+            self.comm.all_reduce(self._sums[: self._placed.frequent]).wait()
+
+    def _sum_frequent(self, buffers: ExchangeBuffers) -> None:
+        """Add this rank's gradients of replicated rows up, row by row."""
+        rows, layout, lists = buffers.num_rows, self._placed.layout, buffers.lists
+        self._sums.fill(0)
+        if not rows:
+            return
+        keys = lists.frequent[: len(self.specs) * rows]
+        if buffers.order is None:
+            self._run(
+                sgd_one_hot, self._sums, layout.frequent_start, keys, layout.place, rows, buffers.grad_vectors,
+                *self._unit,
+            )  # fmt: skip
+            return
+        offsets, weights, _ = self._nothing
+        self._run(
+            update_sorted, "sgd", self._sums, [], layout.frequent_start, keys, offsets, weights, self._sums_of_tables,
+            layout.place, rows, buffers.grad_vectors, self._origins, *self._unit, buffers.order,
+        )  # fmt: skip
+
+    def sparse_update(self, buffers: ExchangeBuffers, scalars: Array, guard: Array) -> None:
+        """Update the rows that the global batch looked up, from gradients times the loss scale.
+
+        Args:
+            buffers: after ``grad_dist``.
+            scalars: see ``dlrm.scalars``.
+            guard: see ``dlrm.scalars``; ``raise_overflow`` has been called for this batch.
+        """
+        update, lists, placed = buffers.update, buffers.lists, self._placed
+        assert update is not None, "forward only"
+        rows, layout, store = buffers.num_rows, placed.layout, placed.store
+        told = self._told(buffers, guard)
+        if self._adds and rows:
+            keys = lists.own[: len(self.specs) * rows]
+            self._run(
+                sgd_one_hot, store.weight, layout.own_start, keys, layout.place, rows, buffers.grad_vectors, scalars,
+                guard,
+            )  # fmt: skip
+        offsets, weights, _ = self._nothing
+        count = self._others(buffers) if self._adds else len(lists.given)
+        if count:
+            update.update(lists.given[:count], offsets, weights, count, buffers.owned[:, None], scalars, told)
+        if placed.frequent:
+            self._run(
+                update_summed, self._optimizer.kind, store.weight, list(store.state.values()),
+                self._sums[: placed.frequent], lists.touched, self._origins, scalars, guard,
+            )  # fmt: skip
+        self._note_touched(buffers)
+
+    def _note_touched(self, buffers: ExchangeBuffers) -> None:
+        """Also where the guard kept a row: saving a row too many is no harm."""
+        if self._touched is None:
+            return
+        given, (offsets, _, _) = buffers.lists.given, self._nothing
+        if len(given):
+            self._run(mark_touched, given, offsets, self._placed.flat.row_start, len(given), self._touched)
+        frequent = self._touched[: self._placed.frequent].view(np.uint8)
+        self._device.xp.bitwise_or(frequent, buffers.lists.touched, out=frequent)
+
+    def raise_overflow(self, buffers: ExchangeBuffers, guard: Array) -> None:
+        """Note in the guard that a list of this batch ran over; once a step, before anything is written.
+
+        The note stays until ``clear_overflow``; ``buffers.lists.flag`` says of which batch it is.
+        """
+        word = guard.view(np.int32)[OVERFLOW : OVERFLOW + 1]
+        self._device.xp.bitwise_or(word, buffers.lists.flag, out=word)
+
+    def clear_overflow(self, guard: Array) -> None:
+        """Forget what ``raise_overflow`` noted."""
+        guard.view(np.int32)[OVERFLOW : OVERFLOW + 1].fill(0)
+
+    def bytes_sent(self, buffers: ExchangeBuffers) -> dict[str, int]:
+        """Bytes that a batch sends to other ranks, as ``HybridEmbedding.bytes_sent`` counts them."""
+        size, row_bytes = self.comm.size, self._dim * buffers.owned.dtype.itemsize
+        reduced = 4 * self._placed.frequent * self._dim
+        return {
+            "input_dist": 0,
+            "output_dist": self._others(buffers) * row_bytes,
+            "grad_dist": 0 if buffers.grad_vectors is None else len(buffers.fetched) * row_bytes,
+            "all_reduce": 0 if buffers.grad_vectors is None else reduced * 2 * (size - 1) // size,
+        }
+
+    def _exchange(self, send: Array, recv: Array, lists: PairLists, *, outward: bool) -> None:
+        """All ranks' rows to those who ask (``outward``), or gradients back; nothing stays on a rank."""
+        rank, size = self.comm.rank, self.comm.size
+        if size == 1:
+            return
+        own = [0 if other == rank else lists.capacities[rank] for other in range(size)]
+        others = [0 if other == rank else lists.capacities[other] for other in range(size)]
+        going, coming = (own, others) if outward else (others, own)
+        self.comm.all_to_all_v(as_bytes(send), going, as_bytes(recv), coming).wait()
+
+    def _others(self, buffers: ExchangeBuffers) -> int:
+        """Rows of ``given`` that are for other ranks: all but the last chunk."""
+        return (self.comm.size - 1) * buffers.lists.capacities[self.comm.rank]
+
+    def _flat(self, vectors: Array) -> Array:
+        return vectors.reshape(-1, self._dim)
+
+    def _scale(self, buffers: ExchangeBuffers) -> float:
+        """Factor of gradients on their way: fp16 has too few small numbers for those of fp32 without a loss scale."""
+        if buffers.owned.dtype != np.float16 or buffers.vectors.dtype == np.float16:
+            return 1.0
+        return float(1 << ((buffers.capacity * self.comm.size).bit_length() - 1))
+
+    def _told(self, buffers: ExchangeBuffers, guard: Array) -> Array:
+        scale = self._scale(buffers)
+        if scale == 1.0:
+            return guard
+        buffers.guard[...] = guard
+        unscale = buffers.guard[UNSCALE : UNSCALE + 1]
+        self._device.xp.multiply(unscale, np.float32(1.0 / scale), out=unscale)
+        return buffers.guard
+
+    def _run(self, reference: Callable[..., Any], *arguments: Any) -> None:
+        kernel = self._device.kernel(_MODULES[reference], reference.__name__)
+        (kernel or reference)(*arguments)
+
+
+_MODULES = {
+    count_pairs: "embedding.pair_lists",
+    list_pairs: "embedding.pair_lists",
+    move_rows: "embedding.row_moves",
+    sort_rows: "embedding.row_sort",
+    update_sorted: "embedding.sorted_update",
+    update_summed: "embedding.sorted_update",
+    sgd_one_hot: "embedding.sparse_optim",
+    mark_touched: "embedding.row_sort",
+}
+"""The modules beside which the launches of these operations lie."""

@@ -1,0 +1,184 @@
+"""A plan as captured steps need it: what lies where on this rank, and how much travels between each pair of ranks.
+
+Shapes: T tables, W ranks, F places of the vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dlrm.config import OptimizerConfig
+from dlrm.device import Array, Device
+from dlrm.errors import ConfigError, DeviceError
+from embedding.pair_lists import PairLayout
+from embedding.placement import Placement, Plan, TableSpec
+from embedding.row_layout import rows_of
+from embedding.table import Part, Shard, ShardStore, create_shards
+
+SIGMAS = 10.0
+"""A list holds what is expected and so many standard deviations."""
+
+MOST_ROWS = 2**31 - 1
+"""Rows and places are numbered by 32-bit integers."""
+
+_PADDING = "(padding)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapturedPlacement:
+    """What this rank holds.
+
+    Attributes:
+        store: replicated rows first, table by table, then this rank's own, then one row of padding.
+        flat: the same, of which keys name rows by their numbers in the store.
+        layout: what says where a key's row lies.
+        frequent: H, replicated rows.
+    """
+
+    store: ShardStore
+    flat: ShardStore
+    layout: PairLayout
+    frequent: int
+
+    def shards(self) -> list[Shard]:
+        """The store's shards of the device; those without rows and the padding are left out."""
+        return [shard for shard in self.store.shards[:-1] if len(shard.rows)]
+
+
+def check_placements(specs: Sequence[TableSpec], placements: Sequence[Placement]) -> None:
+    """Refuse what captured steps do not do.
+
+    Raises:
+        ConfigError: a table is cut by columns, lists its frequent rows, or has bags.
+    """
+    for spec, placement in zip(specs, placements, strict=True):
+        wrong = None
+        if placement.kind == "column_wise":
+            wrong = "placement column_wise runs on CPUs alone; use table_wise, row_wise or hybrid"
+        elif placement.listed:
+            wrong = "a list of frequent rows runs on CPUs alone; prepare the data ordered by frequency"
+        elif spec.hotness != 1:
+            wrong = f"hotness {spec.hotness:g}, but several GPUs exchange one key a bag; use one GPU"
+        if wrong:
+            raise ConfigError(f"table '{spec.name}': {wrong}")
+
+
+def place_tables(
+    plan: Plan,
+    *,
+    rank: int,
+    first: int,
+    device: Device,
+    optimizer: OptimizerConfig,
+    dtype: Any,
+    seed: int | None,
+    own_pads: bool,
+    frequent_pads: bool,
+) -> CapturedPlacement:
+    """Allocate and initialise what ``rank`` holds.
+
+    Args:
+        plan: placements of all tables.
+        rank: this one.
+        first: place of table 0 in the vectors.
+        device: holds it.
+        optimizer: of the tables.
+        dtype: of the tables: float32, float16 or bfloat16 as uint16.
+        seed: of the run; ``None``: tables of zeros.
+        own_pads: lists of own rows are filled up with the row of padding, otherwise with -1.
+        frequent_pads: the same of what stands for rows that are not replicated, with row H.
+
+    Raises:
+        ConfigError: see ``check_placements``.
+        DeviceError: there are too many rows.
+    """
+    specs, placements, ranks = plan.specs, plan.placements, plan.ranks
+    check_placements(specs, placements)
+    dim = specs[0].dim
+    threshold = np.array([placement.threshold for placement in placements], np.int64)
+    frequent_start = np.cumsum(threshold) - threshold
+    own = [rows_of(spec, placement, ranks, rank) for spec, placement in zip(specs, placements, strict=True)]
+    held = np.array([len(rows) for rows in own], np.int64)
+    frequent = int(threshold.sum())
+    total = frequent + int(held.sum())
+    if total >= MOST_ROWS:
+        raise DeviceError(f"tables: {total} rows on rank {rank}, but a GPU takes {MOST_ROWS - 1}; use more ranks")
+    columns = range(dim)
+    parts = [Part(spec, range(size), columns, True) for spec, size in zip(specs, threshold.tolist(), strict=True)]
+    parts += [Part(spec, rows, columns) for spec, rows in zip(specs, own, strict=True)]
+    parts.append(Part.whole(TableSpec(name=_PADDING, rows=1, dim=dim)))
+    store = create_shards(parts, dim, device=device, optimizer=optimizer, dtype=dtype, seed=seed)
+    xp = device.xp
+    owner = [placement.owner if placement.kind == "table_wise" else -1 for placement in placements]
+    pads = frequent - frequent_start if frequent_pads else np.full(len(specs), -1)
+    layout = PairLayout(
+        threshold=xp.asarray(threshold),
+        owner=xp.asarray(np.array(owner, np.int32)),
+        frequent_start=xp.asarray(frequent_start),
+        own_start=xp.asarray(frequent + np.cumsum(held) - held),
+        place=xp.asarray(np.arange(first, first + len(specs))),
+        num_places=first + len(specs),
+        ranks=ranks,
+        rank=rank,
+        own_pad=total if own_pads else -1,
+        frequent_pad=xp.asarray(pads.astype(np.int32)),
+        frequent=frequent,
+    )
+    flat = ShardStore(store.shards, store.weight, store.state, xp.asarray(np.zeros(1, np.int64)))
+    return CapturedPlacement(store=store, flat=flat, layout=layout, frequent=frequent)
+
+
+def owner_shares(plan: Plan, rows: Sequence[Array], weights: Sequence[Array] | None = None) -> Array:
+    """What part of each table's look-ups goes to each owner.
+
+    Args:
+        plan: placements of all tables.
+        rows: of each table, rows that are looked up: the keys of some batches, or every row once.
+        weights: how often each of them is; ``None``: as often as it stands there.
+
+    Returns:
+        [T, W] float64; what is left to 1 is of replicated rows.
+    """
+    shares = np.zeros((len(plan.specs), plan.ranks))
+    for table, (placement, own) in enumerate(zip(plan.placements, rows, strict=True)):
+        if placement.kind == "table_wise":
+            shares[table, placement.owner] = 1.0
+            continue
+        beyond = np.asarray(own, np.int64) - placement.threshold
+        times = np.ones(len(beyond)) if weights is None else np.asarray(weights[table], np.float64)
+        travels = beyond >= 0
+        by_owner = np.bincount(beyond[travels] % plan.ranks, times[travels], plan.ranks)
+        shares[table] = by_owner / max(times.sum(), 1e-300)
+    return shares
+
+
+def pair_capacities(plan: Plan, rows: int, shares: Array | None, sigmas: float = SIGMAS) -> tuple[int, ...]:
+    """How many rows each rank can send to one other in a batch.
+
+    Args:
+        plan: placements of all tables.
+        rows: most rows of one rank.
+        shares: [T, W], see ``owner_shares``; ``None``: whatever the keys may be.
+        sigmas: standard deviations above what is expected.
+    """
+    capacities = []
+    for rank in range(plan.ranks):
+        most, mean, variance = 0, 0.0, 0.0
+        for table, (spec, placement) in enumerate(zip(plan.specs, plan.placements, strict=True)):
+            if placement.kind == "table_wise":
+                share = float(placement.owner == rank)
+            elif len(rows_of(spec, placement, plan.ranks, rank)) == 0:
+                share = 0.0
+            else:
+                share = 1.0 if shares is None else min(1.0, float(shares[table, rank]))
+            possible = placement.owner == rank if placement.kind == "table_wise" else placement.threshold < spec.rows
+            most += rows * possible
+            mean += rows * share
+            variance += rows * share * (1 - share)
+        capacities.append(min(most, math.ceil(mean + sigmas * math.sqrt(variance) - 1e-6)))
+    return tuple(capacities)

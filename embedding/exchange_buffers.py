@@ -1,0 +1,57 @@
+"""What tables over several GPUs keep of one batch in flight.
+
+Shapes: T tables, G rows of the global batch, W ranks, D columns, C_o most rows that rank o sends to one other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dlrm.device import Array
+from embedding.buffers import BatchBuffers
+from embedding.captured_update import CapturedUpdate
+from embedding.pair_lists import PairLists
+from embedding.row_sort import RowSort
+from embedding.wire import Precision
+
+_WIRE_TYPES: dict[Precision, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
+
+
+@dataclass(slots=True, kw_only=True)
+class ExchangeBuffers(BatchBuffers):
+    """One batch in flight.
+
+    Attributes:
+        keys: [T * G] int32 of the device, table-major; written by whoever uploads the batch.
+        lists: what travels.
+        owned: [W * C_rank, D]: rows of this rank on their way to the others, and gradients that came for them; the
+            last chunk is this rank's own.
+        fetched: [sum of the others' C_o, D]: rows of other ranks that came, and gradients on their way to them.
+        update: of this rank's own rows; ``None``: forward only.
+        order: of the replicated rows' keys, where sums have an order.
+        guard: what ``update`` is told of the guard.
+        exact: lists are as long as they have to be.
+    """
+
+    keys: Array
+    lists: PairLists
+    owned: Array
+    fetched: Array
+    update: CapturedUpdate | None = None
+    order: RowSort | None = None
+    guard: Array = None
+    exact: bool = False
+
+
+def as_bytes(rows: Array) -> Array:
+    """[n, D] as [n, bytes]: carriers know no 16-bit numbers."""
+    return rows.view(np.uint8) if len(rows) else np.empty((0, rows.shape[1] * rows.dtype.itemsize), np.uint8)
+
+
+def wire_type(precision: Precision, vectors: Any) -> Any:
+    """The type of what travels: that of the vectors, unless the precision has fewer bits."""
+    wire = np.dtype(_WIRE_TYPES[precision])
+    return wire if wire.itemsize < np.dtype(vectors).itemsize else np.dtype(vectors)

@@ -1,0 +1,174 @@
+// Lists of the rows that travel between each pair of ranks: the kernels of pair_lists_cuda.py, references in
+// pair_lists.py.
+//
+// Shapes: W ranks, T tables, G rows of the global batch, B of a rank, F places, N tiles of one rank's keys.
+// Macros: KEY: type of the keys.
+//
+// A warp takes a tile of keys of one table and one rank; how many rows of each owner lie in the tiles before it was
+// counted first, so that lists come out in the order of the batch without any waiting.
+#include "dlrm/kernels.cuh"
+
+#define LANES 32
+#define TILE 512
+#define THREADS 256
+#define WARPS (THREADS / LANES)
+
+// A tile: keys of table `table`, rows begin .. begin + count of the global batch, which are rank `rank`'s rows from
+// `row` on; tile number `number` of that rank.
+struct Tile { int rank, table; uint32 number, begin, row; int count; };
+
+DEVICE uint32 start_of(uint32 global_rows, uint32 ranks, uint32 rank) {
+  const uint32 rest = global_rows % ranks;
+  return rank * (global_rows / ranks) + (rank < rest ? rank : rest);
+}
+
+DEVICE Tile tile_of(uint32 index, uint32 global_rows, int ranks, int num_tables, uint32 chunks) {
+  const uint32 tiles = num_tables * chunks;
+  Tile tile;
+  tile.rank = int(index / tiles);
+  tile.number = index % tiles;
+  tile.table = int(tile.number / chunks);
+  tile.row = tile.number % chunks * TILE;
+  const uint32 first = start_of(global_rows, ranks, tile.rank);
+  const uint32 size = start_of(global_rows, ranks, tile.rank + 1) - first;
+  tile.begin = first + tile.row;
+  tile.count = tile.row >= size ? 0 : size - tile.row < TILE ? int(size - tile.row) : TILE;
+  return tile;
+}
+
+// The rank that has a key's row, or -1: all have it.
+DEVICE int owner_of(int64 key, int64 threshold, int owner, int ranks) {
+  if (key < threshold) return -1;
+  if (owner >= 0) return owner;
+  return int(uint64(key - threshold) % uint32(ranks));
+}
+
+// counts[o, r, n] = rows of owner o in rank r's tile n.
+KERNEL void __launch_bounds__(THREADS) count_owners(
+    const KEY* __restrict__ keys, const int64* __restrict__ threshold, const int* __restrict__ owner, int ranks,
+    int bits, int num_tables, uint32 global_rows, uint32 chunks, uint32* __restrict__ counts, int* __restrict__ flag) {
+  DYNAMIC_SHARED(shared);
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *flag = 0;
+  const uint32 index = blockIdx.x * WARPS + warp, tiles = num_tables * chunks;
+  if (index >= ranks * tiles) return;
+  uint32* own = reinterpret_cast<uint32*>(shared) + warp * ranks;
+  for (int o = lane; o < ranks; o += LANES) own[o] = 0;
+  __syncwarp();
+  const Tile tile = tile_of(index, global_rows, ranks, num_tables, chunks);
+  const KEY* tile_keys = keys + int64(tile.table) * global_rows + tile.begin;
+  const int64 limit = threshold[tile.table];
+  const int table_owner = owner[tile.table];
+  for (int round = 0; round < tile.count; round += LANES) {
+    const int k = round + lane;
+    const int o = k < tile.count ? owner_of(tile_keys[k], limit, table_owner, ranks) : -1;
+    const uint32 alike = lanes_alike(uint32(o + 1), bits);
+    if (o >= 0 && (alike & ((1u << lane) - 1)) == 0) own[o] += __popc(alike);
+    __syncwarp();
+  }
+  for (int o = lane; o < ranks; o += LANES) counts[(int64(o) * ranks + tile.rank) * tiles + tile.number] = own[o];
+}
+
+// Sums of `value` over the threads before this one; `total`: over all.
+DEVICE uint32 sum_before(uint32 value, uint32& total) {
+  SHARED uint32 sums[WARPS];
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  uint32 sum = value;
+#pragma unroll
+  for (int distance = 1; distance < LANES; distance *= 2) {
+    const uint32 other = __shfl_up_sync(ALL_LANES, sum, distance);
+    if (lane >= distance) sum += other;
+  }
+  __syncthreads();
+  if (lane == LANES - 1) sums[warp] = sum;
+  __syncthreads();
+  uint32 before = 0;
+  total = 0;
+  for (int w = 0; w < WARPS; ++w) {
+    if (w < warp) before += sums[w];
+    total += sums[w];
+  }
+  return before + sum - value;
+}
+
+// counts become sums over the tiles before; one block for each pair (owner, rank).
+KERNEL void __launch_bounds__(THREADS) add_tiles(
+    uint32* __restrict__ counts, uint32 tiles, int ranks, const int* __restrict__ capacity,
+    uint32* __restrict__ totals, int* __restrict__ flag) {
+  uint32* own = counts + int64(blockIdx.x) * tiles;
+  uint32 carried = 0;
+  for (uint32 begin = 0; begin < tiles; begin += THREADS) {
+    const uint32 tile = begin + threadIdx.x;
+    uint32 total;
+    const uint32 before = sum_before(tile < tiles ? own[tile] : 0, total);
+    if (tile < tiles) own[tile] = carried + before;
+    carried += total;
+  }
+  if (threadIdx.x != 0) return;
+  totals[blockIdx.x] = carried;
+  if (carried > uint32(capacity[blockIdx.x / ranks])) *flag = 1;  // whoever writes writes the same
+}
+
+// Fill the lists up behind their last rows.
+DEVICE void pad_lists(int ranks, int rank, const int* capacity, const int* asked_start, const uint32* totals,
+                      int own_pad, int* asked, int* given) {
+  const uint32 thread = blockIdx.x * THREADS + threadIdx.x, threads = gridDim.x * THREADS;
+  const uint32 own_capacity = uint32(capacity[rank]);
+  for (int other = 0; other < ranks; ++other) {
+    const uint32 size = uint32(capacity[other]);
+    for (uint32 i = totals[other * ranks + rank] + thread; i < size; i += threads) asked[asked_start[other] + i] = -1;
+    const uint32 chunk = other == rank ? ranks - 1 : other - (other > rank);
+    for (uint32 i = totals[rank * ranks + other] + thread; i < own_capacity; i += threads) {
+      given[chunk * own_capacity + i] = own_pad;
+    }
+  }
+}
+
+KERNEL void __launch_bounds__(THREADS) list_owners(
+    const KEY* __restrict__ keys, const int64* __restrict__ threshold, const int* __restrict__ owner,
+    const int64* __restrict__ frequent_start, const int64* __restrict__ own_start, const int64* __restrict__ place,
+    const int* __restrict__ frequent_pad, int num_places, int ranks, int bits, int rank, int own_pad, int num_tables,
+    uint32 global_rows, uint32 chunks, const int* __restrict__ capacity, const int* __restrict__ asked_start,
+    const uint32* __restrict__ counts, const uint32* __restrict__ totals, int* __restrict__ asked,
+    int* __restrict__ given, int* __restrict__ local, int* __restrict__ frequent, int* __restrict__ own_rows,
+    int with_own, unsigned char* __restrict__ touched) {
+  DYNAMIC_SHARED(shared);
+  pad_lists(ranks, rank, capacity, asked_start, totals, own_pad, asked, given);
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  const uint32 index = blockIdx.x * WARPS + warp, tiles = num_tables * chunks;
+  if (index >= ranks * tiles) return;
+  const Tile tile = tile_of(index, global_rows, ranks, num_tables, chunks);
+  const bool mine = tile.rank == rank;
+  uint32* known = reinterpret_cast<uint32*>(shared) + warp * ranks;  // rows of each owner up to here
+  for (int o = lane; o < ranks; o += LANES) known[o] = counts[(int64(o) * ranks + tile.rank) * tiles + tile.number];
+  __syncwarp();
+  const KEY* tile_keys = keys + int64(tile.table) * global_rows + tile.begin;
+  const int64 limit = threshold[tile.table], first_frequent = frequent_start[tile.table];
+  const int64 first_own = own_start[tile.table];
+  const int table_owner = owner[tile.table], own_capacity = capacity[rank], own_place = int(place[tile.table]);
+  const int chunk = mine ? ranks - 1 : tile.rank - (tile.rank > rank);
+  const int64 own_rows_of_batch = start_of(global_rows, ranks, rank + 1) - start_of(global_rows, ranks, rank);
+  for (int round = 0; round < tile.count; round += LANES) {
+    const int k = round + lane;
+    const bool inside = k < tile.count;
+    const int64 key = inside ? int64(tile_keys[k]) : 0;
+    const int o = inside ? owner_of(key, limit, table_owner, ranks) : -1;
+    const uint32 alike = lanes_alike(uint32(o + 1), bits), lower = alike & ((1u << lane) - 1);
+    uint32 at = 0;
+    if (o >= 0) at = known[o] + __popc(lower);
+    __syncwarp();
+    if (o >= 0 && lower == 0) known[o] += __popc(alike);
+    __syncwarp();
+    if (!inside) continue;  // the last round: nobody waits behind it
+    const int64 beyond = table_owner >= 0 ? key - limit : (key - limit) / ranks;
+    if (o < 0) touched[first_frequent + key] = 1;
+    if (o == rank && at < uint32(own_capacity)) given[int64(chunk) * own_capacity + at] = int(first_own + beyond);
+    if (!mine) continue;
+    const int64 row = tile.row + k, item = tile.table * own_rows_of_batch + row;
+    const int64 at_place = row * num_places + own_place;
+    if (o >= 0 && at < uint32(capacity[o])) asked[asked_start[o] + at] = int(at_place);
+    local[at_place] = o < 0 ? int(first_frequent + key) : o == rank ? int(first_own + beyond) : -1;
+    frequent[item] = o < 0 ? int(key) : frequent_pad[tile.table];
+    if (with_own) own_rows[item] = o == rank ? int(beyond) : -1;
+  }
+}

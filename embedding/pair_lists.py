@@ -1,0 +1,223 @@
+"""Which rows travel between each pair of ranks: lists that every rank makes by itself, as it has all ranks' keys.
+
+The owner of a row and the rank that asks for it look at the same keys in the same order, so that the i-th row that one
+packs is the i-th that the other expects, and no key is ever exchanged. Lists have a fixed capacity; how long they would
+have to be is counted for every pair, so that all ranks see at once when one runs over.
+
+Of each table, rows below its threshold lie on every rank. Of the others, row r lies on rank ``(r - threshold) % W``, or
+all on the table's owner. A rank's store holds the replicated rows first, then its own, and one row for padding at last.
+
+Shapes: W ranks, T tables of one key a bag, G rows of the global batch, B of this rank, F places of the vectors, N tiles
+of one rank's keys (each of one table), C_o most rows that rank o sends to one other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dlrm.device import Array, Device
+from embedding.topology import share_of, start_of
+
+TILE = 512
+"""Keys of one table that a warp looks at."""
+NOWHERE = -1
+"""In a list: no row, no place."""
+REPLICATED = -1
+"""Owner of a key whose row lies on every rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairLayout:
+    """Where rows lie; arrays on the device.
+
+    Attributes:
+        threshold: [T] int64, replicated rows of each table.
+        owner: [T] int32, the rank that has all others; -1: they are spread over the ranks.
+        frequent_start: [T] int64, store row of each table's first replicated row.
+        own_start: [T] int64, store row of this rank's first own row of each table.
+        place: [T] int64, where each table's vector goes.
+        num_places: F.
+        ranks: W.
+        rank: this one.
+        own_pad: what fills up the lists of this rank's own rows.
+        frequent_pad: [T] int32, what stands for a row that is not replicated, by table.
+        frequent: H, replicated rows of all tables.
+    """
+
+    threshold: Array
+    owner: Array
+    frequent_start: Array
+    own_start: Array
+    place: Array
+    num_places: int
+    ranks: int
+    rank: int
+    own_pad: int
+    frequent_pad: Array
+    frequent: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairLists:
+    """One batch's lists; arrays on the device.
+
+    Chunks of ``asked`` and ``given`` belong to the other ranks in their order, the last one to this rank itself.
+
+    Attributes:
+        capacities: C_o of each rank.
+        capacity: the same, [W] int32.
+        asked_start: [W] int32, where the chunk of each owner begins in ``asked``.
+        counts: [W, W, N] uint32: rows of owner o for rank r in r's tiles before this one.
+        totals: [W, W] uint32: rows of owner o for rank r, whatever the capacity.
+        flag: [1] int32: not 0 if a list ran over.
+        asked: [sum C_o] int32: place ``b * F + place[t]`` in the vectors of each row that this rank gets; -1: none.
+        given: [W * C_rank] int32: store row of each row that a rank gets from this one; padded.
+        local: [B * F] int32: store row of a place whose row lies here; -1: it travels.
+        frequent: [T * B] int32: keys whose rows are replicated, else ``frequent_pad``.
+        own: [T * B] int32: row relative to ``own_start`` of keys whose rows this rank owns, else -1; may be empty:
+            nobody asks.
+        touched: [H] uint8: 1 for the replicated rows that the global batch looks up.
+    """
+
+    capacities: tuple[int, ...]
+    capacity: Array
+    asked_start: Array
+    counts: Array
+    totals: Array
+    flag: Array
+    asked: Array
+    given: Array
+    local: Array
+    frequent: Array
+    own: Array
+    touched: Array
+
+    @classmethod
+    def create(
+        cls, device: Device, layout: PairLayout, rows: int, capacities: Sequence[int], *, own: bool
+    ) -> PairLists:
+        """Allocate for batches of up to ``rows`` rows of each rank.
+
+        Args:
+            device: holds them.
+            layout: of the tables.
+            rows: most rows of one rank.
+            capacities: C_o of each rank.
+            own: whether ``own`` is asked for.
+        """
+        ranks, rank, tables = layout.ranks, layout.rank, len(layout.threshold)
+        order = [other for other in range(ranks) if other != rank] + [rank]
+        begins = dict(zip(order, np.cumsum([0, *(capacities[o] for o in order)]).tolist(), strict=False))
+        xp = device.xp
+
+        def words(size: int) -> Any:
+            return device.zeros(max(1, size), np.int32)[:size]
+
+        local = words(rows * layout.num_places)
+        local.fill(NOWHERE)
+        return cls(
+            capacities=tuple(capacities),
+            capacity=xp.asarray(np.array(capacities, np.int32)),
+            asked_start=xp.asarray(np.array([begins[o] for o in range(ranks)], np.int32)),
+            counts=device.zeros((ranks, ranks, max(1, tables * tiles_of(rows))), np.uint32),
+            totals=device.zeros((ranks, ranks), np.uint32),
+            flag=words(1),
+            asked=words(sum(capacities)),
+            given=words(ranks * capacities[rank]),
+            local=local,
+            frequent=words(tables * rows),
+            own=words(tables * rows if own else 0),
+            touched=device.zeros(max(1, layout.frequent), np.uint8)[: layout.frequent],
+        )
+
+
+def tiles_of(rows: int) -> int:
+    """Tiles of one table's keys of one rank that has so many rows."""
+    return -(-rows // TILE)
+
+
+def owners_of(keys: Array, layout: PairLayout) -> Array:
+    """The rank of each key's row, or ``REPLICATED``: [T, G] of keys [T, G]."""
+    threshold, owner = layout.threshold[:, None], layout.owner[:, None].astype(np.int64)
+    beyond = keys.astype(np.int64) - threshold
+    return np.where(beyond < 0, REPLICATED, np.where(owner >= 0, owner, beyond % layout.ranks))
+
+
+def count_pairs(keys: Array, global_rows: int, layout: PairLayout, lists: PairLists) -> None:
+    """Count what travels between every pair of ranks.
+
+    Args:
+        keys: [T * G or more] int32 or int64, table-major, all inside their tables.
+        global_rows: G.
+        layout: of the tables.
+        lists: ``counts``, ``totals`` and ``flag`` are written.
+    """
+    tables, ranks = len(layout.threshold), layout.ranks
+    owners = owners_of(keys[: tables * global_rows].reshape(tables, global_rows), layout)
+    chunks = tiles_of(share_of(global_rows, ranks, 0))
+    flat = lists.counts.reshape(-1)[: ranks * ranks * tables * chunks].reshape(ranks, ranks, tables * chunks)
+    for rank in range(ranks):
+        mine = owners[:, start_of(global_rows, ranks, rank) : start_of(global_rows, ranks, rank + 1)]
+        padded = np.full((tables, chunks * TILE), REPLICATED, np.int64)
+        padded[:, : mine.shape[1]] = mine
+        for owner in range(ranks):
+            by_tile = (padded == owner).reshape(tables * chunks, TILE).sum(axis=1)
+            flat[owner, rank] = np.cumsum(by_tile) - by_tile
+            lists.totals[owner, rank] = by_tile.sum()
+    lists.flag[0] = (lists.totals > lists.capacity[:, None]).any()
+
+
+def list_pairs(keys: Array, global_rows: int, layout: PairLayout, lists: PairLists) -> None:
+    """Write the lists; what does not fit its list is left out.
+
+    Args:
+        keys: as ``count_pairs`` had them.
+        global_rows: G.
+        layout: of the tables.
+        lists: after ``count_pairs``; everything else is written, of ``local``, ``frequent`` and ``own`` the places of
+            the batch's rows. ``touched`` has to be 0 before.
+    """
+    tables, ranks, rank = len(layout.threshold), layout.ranks, layout.rank
+    keys = keys[: tables * global_rows].reshape(tables, global_rows).astype(np.int64)
+    owners = owners_of(keys, layout)
+    threshold = layout.threshold[:, None]
+    beyond = np.where(layout.owner[:, None] >= 0, keys - threshold, (keys - threshold) // ranks)
+    own_capacity = lists.capacities[rank]
+    lists.asked.fill(NOWHERE)
+    lists.given.fill(layout.own_pad)
+    lists.touched[(layout.frequent_start[:, None] + keys)[owners == REPLICATED]] = 1
+    for other in range(ranks):
+        share = slice(start_of(global_rows, ranks, other), start_of(global_rows, ranks, other + 1))
+        found = np.nonzero(owners[:, share] == rank)
+        rows = layout.own_start[found[0]] + beyond[:, share][found]
+        begin = _chunk(other, layout) * own_capacity
+        kept = min(len(rows), own_capacity)
+        lists.given[begin : begin + kept] = rows[:kept]
+        if other == rank:
+            _list_own(keys[:, share], owners[:, share], beyond[:, share], layout, lists)
+
+
+def _list_own(keys: Array, owners: Array, beyond: Array, layout: PairLayout, lists: PairLists) -> None:
+    """What concerns this rank's own rows of the batch: [T, B] keys, owners and rows relative to ``own_start``."""
+    for owner in range(layout.ranks):
+        table, row = np.nonzero(owners == owner)
+        begin, kept = int(lists.asked_start[owner]), min(len(table), lists.capacities[owner])
+        lists.asked[begin : begin + kept] = (row * layout.num_places + layout.place[table])[:kept]
+    frequent, mine = owners == REPLICATED, owners == layout.rank
+    store = np.where(
+        frequent, layout.frequent_start[:, None] + keys, np.where(mine, layout.own_start[:, None] + beyond, NOWHERE)
+    )
+    rows = keys.shape[1]
+    lists.local[: rows * layout.num_places].reshape(rows, layout.num_places)[:, layout.place] = store.T
+    lists.frequent[: keys.size] = np.where(frequent, keys, layout.frequent_pad[:, None]).reshape(-1)
+    if len(lists.own):
+        lists.own[: keys.size] = np.where(mine, beyond, NOWHERE).reshape(-1)
+
+
+def _chunk(other: int, layout: PairLayout) -> int:
+    """Place of a rank's chunk in ``given``."""
+    return layout.ranks - 1 if other == layout.rank else other - (other > layout.rank)

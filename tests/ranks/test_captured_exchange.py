@@ -1,0 +1,66 @@
+"""Tables over ranks that exchange lists of fixed capacity, on the CPU: threads and MPI."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import exchange_cases as xc
+import numpy as np
+import pytest
+import rank_threads
+
+from dlrm.config import OptimizerConfig
+from dlrm.device import HostDevice
+from dlrm.errors import ConfigError
+from embedding.captured_exchange import ExchangedEmbedding
+from embedding.comm import SingleComm
+from embedding.placement import Placement, Plan, TableSpec
+
+
+@pytest.mark.parametrize("case", xc.CASES, ids=lambda case: f"{case.seed}-{case.kind}")
+def test_ranks_train_as_one(case: xc.ExchangeCase) -> None:
+    ranks = 2 + case.seed % 3
+    outcomes = rank_threads.run_ranks(ranks, lambda comm: xc.train(case, comm))
+    xc.check_all(case, outcomes)
+    assert (outcomes[0].overflows > 0) == (case.short < 1)
+
+
+def test_fresh_tables_and_batches(rng: np.random.Generator) -> None:
+    case = xc.ExchangeCase(
+        seed=int(rng.integers(2**32)),
+        rows=tuple(rng.integers(1, 900, 6).tolist()),
+        kinds=tuple(rng.choice(["row_wise", "table_wise", "replicated"], 6).tolist()),
+        batches=tuple(rng.integers(1, 1400, 3).tolist()),
+        deterministic=bool(rng.integers(2)),
+        first=int(rng.integers(2)),
+    )
+    outcomes = rank_threads.run_ranks(int(rng.integers(1, 6)), lambda comm: xc.train(case, comm))
+    xc.check_all(case, outcomes)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_train_as_one_over_mpi(ranks: int, mpirun: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = mpirun(ranks, str(Path(__file__).with_name("exchange_main.py")))
+    assert done.returncode == 0, done.stderr
+    assert f"all exchanges hold on {ranks} ranks" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("placement", "hotness", "message"),
+    [
+        (Placement(kind="column_wise", owners=(0,)), 1, "column_wise runs on CPUs alone"),
+        (Placement(kind="hybrid", threshold=2, listed=True), 1, "list of frequent rows runs on CPUs alone"),
+        (Placement(kind="row_wise"), 3, "hotness 3"),
+    ],
+)
+def test_what_it_does_not_do_is_refused(placement: Placement, hotness: float, message: str) -> None:
+    specs = (TableSpec(name="c7", rows=9, dim=4, hotness=hotness),)
+    with pytest.raises(ConfigError, match=f"table 'c7': .*{message}"):
+        ExchangedEmbedding(
+            plan=Plan(specs=specs, placements=(placement,), ranks=1), comm=SingleComm(), topology=None,
+            device=HostDevice(compiled=False), optimizer=OptimizerConfig(), table_dtype=np.float32, seed=1, first=0,
+            deterministic=False,
+        )  # fmt: skip
