@@ -247,6 +247,7 @@ def synth(
     ] = None,
     exponent: Annotated[float, typer.Option(help="With --like: power law of all tables.")] = 1.1,
     scale: Annotated[int, typer.Option(help="With --like: tables have so many times fewer rows.")] = 1,
+    cap: Annotated[int | None, typer.Option(help="With --like: most rows of a table.")] = None,
     recipe_only: Annotated[
         bool, typer.Option("--recipe-only", help="With --like: no rows on disk; they are made as they are read.")
     ] = False,
@@ -260,7 +261,7 @@ def synth(
             raise ConfigError("--like: goes without --tables, --dense and --control, which it settles")
         from pipeline.generated import describe_synthetic
 
-        manifest = describe_synthetic(like, rows=rows, seed=seed, exponents=(exponent,), scale=scale)
+        manifest = describe_synthetic(like, rows=rows, seed=seed, exponents=(exponent,), scale=scale, cap=cap)
         synth_like(out, manifest, recipe_only=recipe_only, overwrite=overwrite, as_json=as_json)
         return
     from pipeline.synthetic import DEFAULT_TABLES, synthesize

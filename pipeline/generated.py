@@ -48,7 +48,13 @@ _CHUNK = 65_536
 
 
 def describe_synthetic(
-    like: str, *, rows: int, seed: int = 1, exponents: Sequence[float] = (DEFAULT_EXPONENT,), scale: int = 1
+    like: str,
+    *,
+    rows: int,
+    seed: int = 1,
+    exponents: Sequence[float] = (DEFAULT_EXPONENT,),
+    scale: int = 1,
+    cap: int | None = None,
 ) -> Manifest:
     """The manifest of a set without files.
 
@@ -58,6 +64,7 @@ def describe_synthetic(
         seed: 0 .. 2^63 - 1.
         exponents: of the tables' power laws; one stands for all.
         scale: tables have so many times fewer rows, at least 2 where they have as many.
+        cap: most rows of a table, after scaling; ``None``: no limit.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -68,9 +75,10 @@ def describe_synthetic(
     laws = tuple(exponents) * (len(sizes) if len(exponents) == 1 else 1)
     if len(laws) != len(sizes) or not all(0 <= exponent <= 10 for exponent in laws):
         raise ConfigError(f"synth: exponents {list(exponents)}; give one, or {len(sizes)}, each in 0 .. 10")
-    if not 1 <= rows < 2**62 or not 0 <= seed < 2**63 or scale < 1:
+    if not 1 <= rows < 2**62 or not 0 <= seed < 2**63 or scale < 1 or (cap is not None and cap < 1):
         raise ConfigError(
-            f"synth: rows {rows}, seed {seed}, scale {scale}; need 1 .. 2^62 - 1, 0 .. 2^63 - 1, 1 and up"
+            f"synth: rows {rows}, seed {seed}, scale {scale}, cap {'none' if cap is None else cap}; "
+            "need 1 .. 2^62 - 1, 0 .. 2^63 - 1, 1 and up, 1 and up"
         )
     small = rows // 20
     counts = {"train": rows - 2 * small, "validation": small, "test": small}
@@ -79,7 +87,7 @@ def describe_synthetic(
         layout="synthetic",
         dense=DenseInfo(names=tuple(f"I{n + 1}" for n in range(NUM_DENSE))),
         tables=tuple(
-            TableInfo(name=f"C{t + 1}", rows=max(size // scale, min(size, 2)), frequency_ordered=True)
+            TableInfo(name=f"C{t + 1}", rows=min(max(size // scale, min(size, 2)), cap or size), frequency_ordered=True)
             for t, size in enumerate(sizes)
         ),
         splits={name: SplitInfo(rows=count, files=()) for name, count in counts.items()},
@@ -91,16 +99,16 @@ def describe_synthetic(
 
 
 def parse_synthetic(path: str) -> Manifest:
-    """The set that ``synthetic:SHAPE?rows=N&seed=S&exponent=A&scale=K`` names; all but the rows may be left out.
+    """The set that ``synthetic:SHAPE?rows=N&seed=S&exponent=A&scale=K&cap=C`` names; all but the rows may be left out.
 
     Raises:
         ConfigError: a part is unknown, missing or no number.
     """
     like, _, query = path.removeprefix(SCHEME).partition("?")
     given = dict(parse_qsl(query, keep_blank_values=True))
-    if unknown := set(given) - {"rows", "seed", "exponent", "scale"}:
+    if unknown := set(given) - {"rows", "seed", "exponent", "scale", "cap"}:
         raise ConfigError(
-            f"data.path: {path!r}: unknown {', '.join(sorted(unknown))}; known: rows, seed, exponent, scale"
+            f"data.path: {path!r}: unknown {', '.join(sorted(unknown))}; known: rows, seed, exponent, scale, cap"
         )
     try:
         return describe_synthetic(
@@ -109,10 +117,12 @@ def parse_synthetic(path: str) -> Manifest:
             seed=int(given.get("seed", 1)),
             exponents=(float(given.get("exponent", DEFAULT_EXPONENT)),),
             scale=int(given.get("scale", 1)),
+            cap=int(given["cap"]) if "cap" in given else None,
         )
     except (KeyError, ValueError):
         raise ConfigError(
-            f"data.path: {path!r} must have the form synthetic:SHAPE?rows=N&seed=S&exponent=A&scale=K with numbers"
+            f"data.path: {path!r} must have the form synthetic:SHAPE?rows=N&seed=S&exponent=A&scale=K&cap=C "
+            "with numbers"
         ) from None
 
 

@@ -16,7 +16,7 @@ from dlrm.device import HostDevice
 from dlrm.errors import ConfigError, DataError
 from pipeline import generator_numba
 from pipeline.dataset import load_dataset
-from pipeline.generated import SHAPES, describe_synthetic, parse_synthetic, write_recipe, write_synthetic
+from pipeline.generated import SHAPES, GeneratedRows, describe_synthetic, parse_synthetic, write_recipe, write_synthetic
 from pipeline.generator import BYTES_SCALE, Generator, exp2, generate_records, segments
 from pipeline.manifest import Manifest, Recipe
 from pipeline.record_loader import RecordLoader
@@ -126,6 +126,18 @@ def test_records_on_the_fly_for_any_rank(written: Any, block: int, tmp_path: Pat
                 np.testing.assert_array_equal(one.records, other.records)
 
 
+def test_a_cap_on_the_rows_of_a_table(rng: np.random.Generator) -> None:
+    cap, scale = int(rng.integers(1, 10**6)), int(rng.integers(1, 1000))
+    path = f"synthetic:criteo-terabyte?rows=100&scale={scale}"
+    whole, capped = parse_synthetic(path), parse_synthetic(f"{path}&cap={cap}")
+    assert [table.rows for table in capped.tables] == [min(table.rows, cap) for table in whole.tables]
+    prototype = describe_synthetic("criteo-terabyte", rows=100, cap=4_000_000)
+    assert sum(table.rows for table in prototype.tables) == 24_063_992
+    keys = GeneratedRows(capped, "train", Path("made")).make(np.arange(90))[:, 14:]
+    assert (keys >= 0).all()
+    assert (keys < [table.rows for table in capped.tables]).all()
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     for path, message in (
         ("synthetic:criteo?rows=5", "no shape 'criteo'; known are criteo-terabyte"),
@@ -134,6 +146,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ("synthetic:criteo-terabyte?rows=5&colour=red", "unknown colour"),
         ("synthetic:criteo-terabyte?rows=0", "rows 0"),
         ("synthetic:criteo-terabyte?rows=5&exponent=11", r"exponents \[11\.0\]"),
+        ("synthetic:criteo-terabyte?rows=5&cap=0", "cap 0; need"),
+        ("synthetic:criteo-terabyte?rows=5&cap=", "must have the form"),
     ):
         with pytest.raises(ConfigError, match=message):
             parse_synthetic(path)
