@@ -80,81 +80,120 @@ def arrays_of(shard: Any) -> dict[str, np.ndarray]:
     return {name: array.copy() for name, array in ({"weight": shard.weight} | shard.state).items()}
 
 
-def train(case: ExchangeCase, comm: Any, device: Any = None, vector_type: Any = np.float32) -> Outcome:
-    """Run the batches; two are in flight, and a batch whose lists run over is run again with exact ones."""
-    plan, work, size, rank = plan_of(case, comm.size), draw(case), comm.size, comm.rank
-    shares = owner_shares(plan, list(work[0][0]))
-    embedding = ExchangedEmbedding(
-        plan=plan, comm=comm, topology=None, device=device or HostDevice(compiled=False), optimizer=optimizer(case),
-        table_dtype=np.float32, seed=case.seed, first=case.first, deterministic=case.deterministic,
-        exchange_precision=case.precision, shares=shares * case.short,  # type: ignore[arg-type]
-        sigmas=10.0 if case.short == 1 else 0.0,
-    )  # fmt: skip
-    embedding.track_touched()
-    capacity = share_of(max(case.batches), size, 0)
-    flights = []
-    for _ in range(2):
-        vectors = np.zeros((capacity, case.first + len(case.rows), case.dim), vector_type)
-        gradients = np.zeros_like(vectors)
-        flights.append((vectors, gradients, embedding.buffers(capacity, vectors, gradients)))
+class Trainer:
+    """One rank's tables and two batches in flight."""
 
-    def begin(number: int) -> None:
-        keys, buffers = work[number][0], flights[number % 2][2]
-        total = keys.shape[1]
-        buffers.keys[: keys.size] = keys.reshape(-1)
-        embedding.input_dist(buffers, share_of(total, size, rank), total)
-
-    guard = write_guard(np.empty(SIZE, np.float32), LOSS_SCALE)
-    seen, overflows = [], 0
-    begin(0)
-    for step, (keys, gradient) in enumerate(work, 1):
-        total = keys.shape[1]
-        vectors, gradients, buffers = flights[(step - 1) % 2]
-        if step < len(work):
-            begin(step)
-        mine = slice(start_of(total, size, rank), start_of(total, size, rank + 1))
-        gradients[: mine.stop - mine.start] = gradient[mine] * LOSS_SCALE
-        scalars = write_scalars(
-            np.empty(SIZE, np.float32), lr=LR, global_rows=total, valid_rows=mine.stop - mine.start, step=step, seed=1,
-            sparse=constants(optimizer(case), LR, step).tolist(),
+    def __init__(self, case: ExchangeCase, comm: Any, device: Any) -> None:
+        self.case, self.comm, self.device = case, comm, device
+        self.work, plan = draw(case), plan_of(case, comm.size)
+        shares = owner_shares(plan, list(self.work[0][0]))
+        self.embedding = ExchangedEmbedding(
+            plan=plan, comm=comm, topology=None, device=device, optimizer=optimizer(case), table_dtype=np.float32,
+            seed=case.seed, first=case.first, deterministic=case.deterministic,
+            exchange_precision=case.precision, shares=shares * case.short,  # type: ignore[arg-type]
+            sigmas=10.0 if case.short == 1 else 0.0,
         )  # fmt: skip
-        before = [arrays_of(shard) for shard in settled(embedding)]
-        run_step(embedding, buffers, scalars, guard, vectors, case.first)
-        if guard.view(np.int32)[OVERFLOW]:
+        self.embedding.track_touched()
+        self.guard = device.xp.asarray(write_guard(np.empty(SIZE, np.float32), LOSS_SCALE))
+        self.scalars = device.zeros(SIZE, np.float32)
+        capacity = share_of(max(case.batches), comm.size, 0)
+        self.flights = []
+        for _ in range(2):
+            shape = (capacity, case.first + len(case.rows), case.dim)
+            vectors, gradients = device.zeros(shape, np.float32), device.zeros(shape, np.float32)
+            self.flights.append(self.embedding.buffers(capacity, vectors, gradients))
+
+    def rows_of(self, total: int) -> slice:
+        """This rank's rows of a batch."""
+        return slice(
+            start_of(total, self.comm.size, self.comm.rank), start_of(total, self.comm.size, self.comm.rank + 1)
+        )
+
+    def upload(self, number: int) -> ExchangeBuffers:
+        """Bring a batch's keys to its Flight."""
+        keys, buffers = self.work[number][0], self.flights[number % 2]
+        self.device.upload(keys.reshape(-1), buffers.keys[: keys.size])
+        return buffers
+
+    def input_dist(self, number: int) -> None:
+        """Find out what travels of a batch."""
+        total = self.work[number][0].shape[1]
+        own = self.rows_of(total)
+        self.embedding.input_dist(self.flights[number % 2], own.stop - own.start, total)
+
+    def set_up(self, number: int) -> None:
+        """Bring a step's scalars and gradients to the device."""
+        keys, gradient = self.work[number]
+        own, step = self.rows_of(keys.shape[1]), number + 1
+        buffers = self.flights[number % 2]
+        self.device.upload(gradient[own] * np.float32(LOSS_SCALE), buffers.grad_vectors[: own.stop - own.start])
+        numbers = constants(optimizer(self.case), LR, step).tolist()
+        block = write_scalars(
+            np.empty(SIZE, np.float32), lr=LR, global_rows=keys.shape[1], valid_rows=own.stop - own.start, step=step,
+            seed=1, sparse=numbers,
+        )  # fmt: skip
+        self.device.upload(block, self.scalars)
+
+    def step(self, buffers: ExchangeBuffers) -> None:
+        """Everything between the upload and the next step; nothing that a graph could not capture."""
+        buffers.vectors.fill(77)
+        self.embedding.lookup(buffers)
+        self.embedding.output_dist(buffers)
+        self.embedding.raise_overflow(buffers, self.guard)
+        self.embedding.grad_dist(buffers)
+        self.embedding.sparse_update(buffers, self.scalars, self.guard)
+
+    def overflowed(self) -> bool:
+        """Whether the guard says so."""
+        return bool(self.device.to_host(self.guard).view(np.int32)[OVERFLOW])
+
+    def vectors(self, number: int) -> np.ndarray:
+        """What a batch's look-up came to: [B, T, D]; all other places are as they were."""
+        own, buffers = self.rows_of(self.work[number][0].shape[1]), self.flights[number % 2]
+        vectors, rows = self.device.to_host(buffers.vectors), own.stop - own.start
+        assert (vectors[:, : self.case.first] == 77).all()
+        assert (vectors[rows:] == 77).all()
+        return vectors[:rows, self.case.first :].copy()
+
+    def shards(self) -> list[Any]:
+        """The tables, up to date."""
+        self.embedding.settle()
+        return self.embedding.shards()
+
+
+def train(case: ExchangeCase, comm: Any, device: Any = None) -> Outcome:
+    """Run the batches; two are in flight, and a batch whose lists run over is run again with exact ones."""
+    trainer = Trainer(case, comm, device or HostDevice(compiled=False))
+    seen, overflows = [], 0
+    trainer.upload(0)
+    trainer.input_dist(0)
+    for number, (keys, _) in enumerate(trainer.work):
+        if number + 1 < len(trainer.work):
+            trainer.upload(number + 1)
+            trainer.input_dist(number + 1)
+        trainer.set_up(number)
+        buffers, before = trainer.flights[number % 2], [arrays_of(shard) for shard in trainer.shards()]
+        trainer.step(buffers)
+        if trainer.overflowed():
             overflows += 1
-            # Nothing was written, here or in steps that were under way.
-            for old, shard in zip(before, settled(embedding), strict=True):
+            for old, shard in zip(before, trainer.shards(), strict=True):
                 for name, array in arrays_of(shard).items():
-                    np.testing.assert_array_equal(array, old[name])
-            embedding.clear_overflow(guard)
-            exact = embedding.exact(buffers, mine.stop - mine.start, total)
-            run_step(embedding, exact, scalars, guard, vectors, case.first)
-            assert not guard.view(np.int32)[OVERFLOW]
-        seen.append(vectors[: mine.stop - mine.start, case.first :].copy())
+                    np.testing.assert_array_equal(array, old[name])  # nothing was written
+            trainer.embedding.clear_overflow(trainer.guard)
+            own = trainer.rows_of(keys.shape[1])
+            trainer.step(trainer.embedding.exact(buffers, own.stop - own.start, keys.shape[1]))
+            assert not trainer.overflowed()
+        seen.append(trainer.vectors(number))
+    return outcome_of(trainer, seen, overflows)
+
+
+def outcome_of(trainer: Trainer, seen: list[np.ndarray], overflows: int) -> Outcome:
+    """What a rank has at the end."""
     shards = [
         (shard.table, shard.rows, shard.replicated, arrays_of(shard), np.array(shard.touched))
-        for shard in settled(embedding)
+        for shard in trainer.shards()
     ]
     return Outcome(seen, shards, overflows)
-
-
-def settled(embedding: ExchangedEmbedding) -> list[Any]:
-    embedding.settle()
-    return embedding.shards()
-
-
-def run_step(
-    embedding: ExchangedEmbedding, buffers: ExchangeBuffers, scalars: np.ndarray, guard: np.ndarray,
-    vectors: np.ndarray, first: int,
-) -> None:  # fmt: skip
-    vectors.fill(77)
-    embedding.lookup(buffers)
-    embedding.output_dist(buffers)
-    assert (vectors[:, :first] == 77).all()
-    assert (vectors[buffers.num_rows :] == 77).all()
-    embedding.raise_overflow(buffers, guard)
-    embedding.grad_dist(buffers)
-    embedding.sparse_update(buffers, scalars, guard)
 
 
 @dataclass

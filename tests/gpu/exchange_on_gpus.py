@@ -1,0 +1,125 @@
+"""Program of one MPI rank with a GPU: tables exchanged over NCCL, or staged through the host where ranks share a GPU.
+
+``mpirun -np 2 python -m mpi4py tests/gpu/exchange_on_gpus.py nccl`` wants a GPU for every rank; with ``staged`` any
+number of ranks share what there is.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.threads import launched_ranks, settle_threads
+
+settle_threads()
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ranks"))
+
+import comm_cases  # noqa: E402
+import exchange_cases as xc  # noqa: E402
+import numpy as np  # noqa: E402
+
+from dlrm.cuda import CudaDevice, count_gpus  # noqa: E402
+from embedding.comm_mpi import world  # noqa: E402
+from embedding.comm_nccl import NcclComm  # noqa: E402
+from embedding.comm_staged import StagedComm  # noqa: E402
+from embedding.topology import discover  # noqa: E402
+
+
+class OnDevice:
+    """A carrier of device buffers, handed buffers of the host: the cases of all carriers run on it, too."""
+
+    def __init__(self, comm: Any, device: CudaDevice) -> None:
+        self._comm, self._device = comm, device
+        self.rank, self.size = comm.rank, comm.size
+
+    def _through(self, call: Any, *buffers: np.ndarray) -> Any:
+        moved = [self._device.xp.asarray(buffer) for buffer in buffers]
+        event = call(*moved)
+        device = self._device
+
+        class Arrival:
+            def wait(self) -> None:
+                event.wait()
+                if buffers[-1].size:
+                    buffers[-1][...] = device.to_host(moved[-1])
+
+        return Arrival()
+
+    def all_to_all(self, send: np.ndarray, recv: np.ndarray) -> Any:
+        return self._through(self._comm.all_to_all, send, recv)
+
+    def all_to_all_v(self, send: np.ndarray, going: Any, recv: np.ndarray, coming: Any) -> Any:
+        return self._through(lambda s, r: self._comm.all_to_all_v(s, going, r, coming), send, recv)
+
+    def all_reduce(self, buffer: np.ndarray, op: Any = "sum") -> Any:
+        return self._through(lambda b: self._comm.all_reduce(b, op), buffer)
+
+    def all_gather(self, send: np.ndarray, recv: np.ndarray) -> Any:
+        return self._through(self._comm.all_gather, send, recv)
+
+    def broadcast(self, buffer: np.ndarray, root: int = 0) -> Any:
+        return self._through(lambda b: self._comm.broadcast(b, root), buffer)
+
+    def split(self, color: int, key: int) -> OnDevice:
+        return OnDevice(self._comm.split(color, key), self._device)
+
+    def split_node(self) -> OnDevice:
+        return OnDevice(self._comm.split_node(), self._device)
+
+    def barrier(self) -> None:
+        self._comm.barrier()
+
+    def progress(self) -> None:
+        self._comm.progress()
+
+
+def captured(case: xc.ExchangeCase, comm: Any, device: CudaDevice) -> xc.Outcome:
+    """The same batches with every step but the first of each Flight replayed from a CUDA graph."""
+    trainer = xc.Trainer(case, comm, device)
+    seen, graphs = [], {}
+    for number in range(len(trainer.work)):
+        buffers = trainer.upload(number)
+        trainer.set_up(number)
+
+        def issue(number: int = number, buffers: Any = buffers) -> None:
+            trainer.input_dist(number)
+            trainer.step(buffers)
+
+        if number < 2:  # kernels are compiled
+            issue()
+        else:
+            if number % 2 not in graphs:
+                device.synchronize()
+                graphs[number % 2] = device.capture("main", issue)
+            graphs[number % 2].launch()
+        assert not trainer.overflowed()
+        seen.append(trainer.vectors(number))
+    return xc.outcome_of(trainer, seen, 0)
+
+
+def main() -> None:
+    carrier = sys.argv[1]
+    host = world(launched_ranks())
+    device = CudaDevice(discover(host).local_rank % count_gpus())
+    comm: Any = NcclComm(host, device.index) if carrier == "nccl" else StagedComm(host, device)
+    comm_cases.run_all(OnDevice(comm, device))
+    for case in xc.CASES:
+        outcome = xc.train(case, comm, device)
+        xc.check(case, outcome, xc.run_alone(case), comm.rank, comm.size)
+        assert (outcome.overflows > 0) == (case.short < 1)
+    if carrier == "nccl":
+        for number, kind in enumerate(("sgd", "adam")):
+            case = replace(xc.CASES[0], seed=100 + number, kind=kind, dim=128, batches=(480,) * 8)
+            outcome = captured(case, comm, device)
+            xc.check(case, outcome, xc.run_alone(case), comm.rank, comm.size)
+        comm.close()
+        comm.close()
+    host.barrier()
+    if host.rank == 0:
+        print(f"all exchanges hold on {host.size} ranks over {carrier}")
+
+
+if __name__ == "__main__":
+    main()
