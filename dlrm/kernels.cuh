@@ -251,6 +251,14 @@ DEVICE float4 add_scaled(float4 sum, float factor, float4 v) {
   return make_float4(sum.x + factor * v.x, sum.y + factor * v.y, sum.z + factor * v.z, sum.w + factor * v.w);
 }
 
+// The sum over the lanes of the warp, all of which call it.
+template <typename T>
+DEVICE T warp_sum(T value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
+  return value;
+}
+
 // Philox4x32-10: the four words of a counter (dlrm/philox.py).
 DEVICE uint4 philox(uint32 c0, uint32 c1, uint32 c2, uint32 c3, uint64 seed) {
   uint32 key0 = uint32(seed), key1 = uint32(seed >> 32);

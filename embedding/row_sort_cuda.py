@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dlrm.errors import DeviceError
-from dlrm.nvrtc import c_type, load
+from dlrm.nvrtc import Defines, c_type, load
 from embedding.row_sort import TILE, RowSort, digits_of
 
 SOURCE = Path(__file__).with_name("row_sort.cu")
@@ -45,15 +45,39 @@ def sort_rows(
         load(SOURCE, "name_rows", defines)(
             -(-num_keys // THREADS), THREADS, row_start, keys, *shape, sort.rows[0], sort.named[0], sort.info
         )
+    sort_pairs(sort.rows, sort.named, num_keys, digits, sort.counts, sort.totals, sort.info, defines)
+
+
+def sort_pairs(
+    rows: tuple[Any, Any], named: tuple[Any, Any], num_keys: int, digits: int, counts: Any, totals: Any, info: Any,
+    defines: Defines,
+) -> None:  # fmt: skip
+    """Bring pairs (row, name) into the order of the rows; pairs of one row keep their order.
+
+    Args:
+        rows: two of [num_keys or more] uint32; the first holds the rows, the one at ``digits % 2`` gets them sorted.
+        named: two of [num_keys or more] uint32, likewise.
+        num_keys: most pairs.
+        digits: of a row; see ``row_sort.digits_of``.
+        counts: see ``row_sort.RowSort``; so is ``totals``.
+        totals: room.
+        info: holds the number of pairs.
+        defines: macros of the source; ``BITS``: of a digit.
+    """
+    bits, tiles = int(dict(defines)["BITS"]), -(-num_keys // TILE)
     for digit in range(digits):
         here, there = digit % 2, (digit + 1) % 2
         place = (np.int32(digit * bits), np.uint32(tiles))
-        load(SOURCE, "count_digits", defines)(tiles, THREADS, sort.rows[here], *place, sort.counts, sort.info)
-        load(SOURCE, "add_counts", defines)(1 << bits, THREADS, sort.counts, np.uint32(tiles), sort.totals)
+        load(SOURCE, "count_digits", defines)(tiles, THREADS, rows[here], *place, counts, info)
+        add_counts(1 << bits, tiles, counts, totals, defines)
         load(SOURCE, "move_rows", defines)(
-            tiles, THREADS, sort.rows[here], sort.named[here], *place, sort.counts, sort.totals, sort.rows[there],
-            sort.named[there], sort.info,
-        )  # fmt: skip
+            tiles, THREADS, rows[here], named[here], *place, counts, totals, rows[there], named[there], info
+        )
+
+
+def add_counts(kinds: int, tiles: int, counts: Any, totals: Any, defines: Defines) -> None:
+    """Sum over tiles: ``counts`` [kinds, tiles] become the sums over the tiles before, ``totals`` those over all."""
+    load(SOURCE, "add_counts", defines)(kinds, THREADS, counts, np.uint32(tiles), totals)
 
 
 def mark_touched(keys: Any, offsets: Any, row_start: Any, num_rows: int, touched: Any) -> None:

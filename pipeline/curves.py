@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from embedding.comm import Comm, all_gather_bytes
-from pipeline import metrics_numba
 from pipeline.ranking import Ranking, sum_integers
+from pipeline.score_sums import LIMB, bin_sums, curve_points, histogram_sums, precision_sums, score_at
 
 CALIBRATION_BINS = 20
 HISTOGRAM_BINS = 50
@@ -25,7 +25,7 @@ _RECALL_STEPS = (398, 0)
 # The histogram spans all but the outermost rows, so that one stray score does not squeeze the rest.
 _TAIL = 2000
 
-_LIMB = int(metrics_numba.LIMB)
+_LIMB = int(LIMB)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,18 +80,8 @@ def trace_curves(ranking: Ranking, comm: Comm) -> tuple[Curves, float | None]:
 
 def _points(ranking: Ranking, steps: tuple[int, int], comm: Comm) -> list[tuple[float, int, int]]:
     """(Threshold, true positives, false positives), highest threshold first, always with the last one."""
-    capacity = sum(steps) + 1
-    groups = np.empty(capacity, dtype=np.int64)
-    counts = np.empty((capacity, 2), dtype=np.int64)
     totals = (ranking.num_positives, ranking.num_negatives)
-    picked = metrics_numba.thin_curve(
-        ranking.positives, ranking.negatives, ranking.above, totals, steps, groups, counts
-    )
-    thresholds = ranking.scores[groups[:picked]].astype(np.float64)
-    mine = [
-        (threshold, true, false)
-        for threshold, (true, false) in zip(thresholds.tolist(), counts[:picked].tolist(), strict=True)
-    ]
+    mine = curve_points(ranking.groups, ranking.above, totals, steps, ranking.device)
     parts = [json.loads(part) for part in all_gather_bytes(comm, json.dumps(mine).encode())]
     return [(point[0], point[1], point[2]) for part in reversed(parts) for point in part]
 
@@ -115,18 +105,13 @@ def _precision_recall(ranking: Ranking, comm: Comm) -> dict[str, list[float | No
 
 
 def _average_precision(ranking: Ranking, comm: Comm) -> float:
-    limbs = np.zeros(2, dtype=np.int64)
-    metrics_numba.sum_precision(ranking.positives, ranking.negatives, *ranking.above, limbs)
-    high, low = sum_integers(comm, limbs)
+    high, low = sum_integers(comm, precision_sums(ranking.groups, ranking.above, ranking.device))
     return float(Fraction(high * _LIMB + low, _LIMB * _LIMB * ranking.num_positives))
 
 
 def _calibration(ranking: Ranking, comm: Comm) -> tuple[dict[str, list[float]], float]:
-    bins = np.zeros((CALIBRATION_BINS, 4), dtype=np.int64)
-    metrics_numba.sum_bins(
-        ranking.scores, ranking.positives, ranking.negatives, ranking.rows_below, ranking.num_rows, bins
-    )
-    sums = sum_integers(comm, bins)
+    mine = bin_sums(ranking.groups, ranking.rows_below, ranking.num_rows, CALIBRATION_BINS, ranking.device)
+    sums = sum_integers(comm, mine)
     table = [tuple(sums[i : i + 4]) for i in range(0, len(sums), 4)]
     curve: dict[str, list[float]] = {"mean_prediction": [], "observed_rate": [], "count": []}
     for rows, positives, high, low in table:
@@ -146,9 +131,8 @@ def _histogram(ranking: Ranking, comm: Comm) -> dict[str, list[float]]:
     # Equal ends leave no width; and a width beyond float64 leaves no finite one.
     if not low < high or not math.isfinite(high - low):
         low, high = (low - 0.5, high + 0.5) if abs(low) < 2**50 else (-1.0, 1.0)
-    bins = np.zeros((2, HISTOGRAM_BINS), dtype=np.int64)
-    metrics_numba.sum_histogram(ranking.scores, ranking.positives, ranking.negatives, low, high, bins)
-    counts: list[float] = [*sum_integers(comm, bins)]
+    mine = histogram_sums(ranking.groups, low, high, HISTOGRAM_BINS, ranking.device)
+    counts: list[float] = [*sum_integers(comm, mine)]
     return {
         "edges": np.linspace(low, high, HISTOGRAM_BINS + 1).tolist(),
         "positives": counts[:HISTOGRAM_BINS],
@@ -159,7 +143,6 @@ def _histogram(ranking: Ranking, comm: Comm) -> dict[str, list[float]]:
 def _score_at(ranking: Ranking, position: int) -> float:
     """Score of the row at this place of all sorted rows, -inf where another rank has it."""
     local = position - ranking.rows_below
-    here = ranking.range_positives[ranking.rank] + ranking.range_negatives[ranking.rank]
-    if not 0 <= local < here:
+    if not 0 <= local < ranking.range_rows[ranking.rank]:
         return -math.inf
-    return float(ranking.scores[metrics_numba.group_at(ranking.positives, ranking.negatives, local)])
+    return score_at(ranking.groups, local, ranking.device)

@@ -120,8 +120,7 @@ class Evaluator:
     def score(self, comm: Comm) -> Evaluation:
         """Metrics of the last ``forward`` (collective over ``comm``, all ranks); needs nothing of the model."""
         start = time.perf_counter()
-        device = self.engine.device
-        metrics, curves = evaluate_scores(device.to_host(self._logits), device.to_host(self._labels), comm)
+        metrics, curves = evaluate_scores(self._logits, self._labels, comm, self.engine.device)
         scoring = time.perf_counter() - start
         return Evaluation(self.name, metrics, curves, self._forward_seconds + scoring, self.split.rows, scoring)
 

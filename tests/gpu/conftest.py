@@ -24,6 +24,8 @@ CUDA_MODULES = (
     "embedding.row_sort_cuda",
     "embedding.sorted_update_cuda",
     "embedding.sparse_optim_cuda",
+    "pipeline.score_groups_cuda",
+    "pipeline.score_sums_cuda",
 )
 """Launches that run emulated too."""
 

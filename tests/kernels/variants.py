@@ -74,5 +74,9 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
     ),
     "dlrm/philox.cu": tuple((*philox_constants(), ("OUT", kind)) for kind in ("float", "half_t")),
     "pipeline/generator.cu": (constants(),),
+    "pipeline/score_groups.cu": (
+        (("SCORE", "float"), ("LABEL", "float"), ("MERGED", 0)),
+        (("SCORE", "double"), ("LABEL", "unsigned char"), ("MERGED", 1)),
+    ),
 }  # fmt: skip
 """By source; a source that is not listed stands for itself, without macros."""

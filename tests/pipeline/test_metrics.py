@@ -117,9 +117,9 @@ def test_work_is_shared_between_ranks(rng, cuts) -> None:
     logits, labels = click_data(rng, 40_000)
     parts = np.split(np.argsort(logits), cuts)
     ranges = on_ranks(4, lambda comm: rank_scores(logits[parts[comm.rank]], labels[parts[comm.rank]], comm))
-    sizes = [ranking.scores.size for ranking in ranges]
+    sizes = [ranking.groups.scores.size for ranking in ranges]
     assert max(sizes) < 1.2 * np.mean(sizes)
-    joined = np.concatenate([ranking.scores for ranking in ranges])
+    joined = np.concatenate([ranking.groups.scores for ranking in ranges])
     assert np.array_equal(joined, np.unique(logits))
 
 
