@@ -35,6 +35,7 @@ class Engine:
 
     Attributes:
         comm: all ranks, for whatever is done between steps; each lane has a communicator of its own.
+        carrier: the same ranks, for arrays of the device; ``None``: those go through the host's memory.
     """
 
     config: RunConfig
@@ -51,6 +52,7 @@ class Engine:
     stages: Stages
     train_schedule: Schedule
     eval_schedule: Schedule
+    carrier: Comm | None = None
 
     def describe_model(self) -> dict[str, Any]:
         """What a checkpoint has to match, as JSON values."""

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from dlrm.device import Event
 from embedding.comm import Comm
 from embedding.topology import share_of, start_of
 from pipeline.curves import Curves
@@ -82,8 +81,8 @@ class Evaluator:
             for _ in range(ring_size(engine.eval_schedule.rows))
         ]
         rows = sum(self._share(start) for start in range(0, split.rows, self.batch_size))
-        self._logits = engine.device.empty(rows, engine.model.dtype)
-        self._labels = engine.device.empty(rows, engine.model.dtype)
+        self._logits = engine.device.empty(rows, self._ring[0].workspace.logits.dtype)
+        self._labels = engine.device.empty(rows, self._ring[0].labels.dtype)
         self.cached: list[LoadedBatch] | None = None
         self._keeps: bool | None = None
         self._forward_seconds = 0.0
@@ -95,7 +94,7 @@ class Evaluator:
     def run(self, *, clock: Clock | None = None) -> Evaluation:
         """Score the split and compute its metrics (collective)."""
         self.forward(clock=clock)
-        return self.score(self.engine.comm)
+        return self.score(self.engine.comm, self.engine.carrier)
 
     def forward(self, *, clock: Clock | None = None) -> None:
         """Compute the logits of the whole split (collective)."""
@@ -117,10 +116,15 @@ class Evaluator:
                 at += flight.rows
         self._forward_seconds = time.perf_counter() - start
 
-    def score(self, comm: Comm) -> Evaluation:
-        """Metrics of the last ``forward`` (collective over ``comm``, all ranks); needs nothing of the model."""
+    def score(self, comm: Comm, carrier: Comm | None) -> Evaluation:
+        """Metrics of the last ``forward`` (collective); needs nothing of the model.
+
+        Args:
+            comm: all ranks.
+            carrier: the same, for arrays of the device; ``None``: those go through the host's memory.
+        """
         start = time.perf_counter()
-        metrics, curves = evaluate_scores(self._logits, self._labels, comm, self.engine.device)
+        metrics, curves = evaluate_scores(self._logits, self._labels, comm, self.engine.device, carrier)
         scoring = time.perf_counter() - start
         return Evaluation(self.name, metrics, curves, self._forward_seconds + scoring, self.split.rows, scoring)
 
@@ -200,25 +204,34 @@ class BackgroundEvaluations:
         self._step = 0
 
     def start(self, split: str, step: int, *, clock: Clock | None = None) -> None:
-        """Compute the logits now, and the metrics behind the caller's back."""
-        self.end()
-        if split not in self._evaluators:
-            self._evaluators[split] = Evaluator(self._engine, self._engine.dataset.split(split), split)
-        evaluator = self._evaluators[split]
-        evaluator.forward(clock=clock)
-        self._step = step
-        self._scoring = self._pool.submit(self._score, evaluator, self._engine.device.record())
+        """Compute the logits now, and the metrics behind the caller's back.
 
-    def _score(self, evaluator: Evaluator, forward: Event) -> Evaluation:
-        with self._engine.device.on("scoring", (forward,)):
-            return evaluator.score(self._comm)
+        What the ranks exchange for them goes through the host's memory: on the device it would have to take turns with
+        the exchanges of the steps beside it, in an order that no two ranks share.
+        """
+        self._start(split, step, None, clock)
 
     def run(self, split: str, step: int, *, clock: Clock | None = None) -> Evaluation:
         """Evaluate, and wait for the result."""
-        self.start(split, step, clock=clock)
+        self._start(split, step, self._engine.carrier, clock)
         evaluation = self.end()
         assert evaluation is not None
         return evaluation
+
+    def _start(self, split: str, step: int, carrier: Comm | None, clock: Clock | None) -> None:
+        self.end()
+        if split not in self._evaluators:
+            self._evaluators[split] = Evaluator(self._engine, self._engine.dataset.split(split), split)
+        evaluator, device = self._evaluators[split], self._engine.device
+        evaluator.forward(clock=clock)
+        self._step = step
+        forward = device.record()
+
+        def score() -> Evaluation:
+            with device.on("scoring", (forward,)):
+                return evaluator.score(self._comm, carrier)
+
+        self._scoring = self._pool.submit(score)
 
     def done(self) -> bool:
         """Whether the metrics of the evaluation under way are there; ``False`` where none is."""

@@ -76,7 +76,7 @@ def evaluate_scores(
         labels: [n], each 0 or 1.
         comm: the ranks that share the rows; carries numbers of the host.
         device: holds the rows.
-        carrier: the same ranks, for arrays of the device; ``None``: they travel over ``comm`` by way of the host.
+        carrier: the same ranks, for arrays of the device; ``None``: a GPU's travel over ``comm`` through pinned memory.
 
     Raises:
         DataError: on every rank, if any rank has a NaN or infinite score or a label other than 0 and 1.

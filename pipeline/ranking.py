@@ -22,6 +22,7 @@ import numpy.typing as npt
 from dlrm.device import Array, Device, HostDevice
 from dlrm.errors import DataError
 from embedding.comm import Comm
+from embedding.comm_staged import StagedComm
 from pipeline.score_groups import Groups, count_bad_rows, groups_of_rows, groups_of_runs
 
 HOST = HostDevice()
@@ -101,7 +102,7 @@ def rank_scores(
         comm: the ranks that share the rows; carries numbers of the host.
         device: holds the rows. A GPU ranks float32 scores, up to 2^31 rows of all ranks; anything else goes to its
             host.
-        carrier: the same ranks, for arrays of the device; ``None``: they travel over ``comm`` by way of the host.
+        carrier: the same ranks, for arrays of the device; ``None``: a GPU's travel over ``comm`` through pinned memory.
 
     Returns:
         This rank's range.
@@ -158,29 +159,14 @@ def _exchange(groups: Groups, comm: Comm, device: Device, carrier: Comm | None) 
     recv_counts = np.empty(comm.size, dtype=np.int64)
     comm.all_to_all(send_counts, recv_counts).wait()
     counts = (send_counts.tolist(), recv_counts.tolist())
-    scores, rows, positives = (
-        _carry(part, *counts, comm, device, carrier)
-        for part in (groups.scores, xp.diff(groups.rows_below), xp.diff(groups.positives_below))
-    )
+    if carrier is None or device.host is device:
+        carrier = comm if device.host is device else StagedComm(comm, device)
+    received = []
+    for part in (groups.scores, xp.diff(groups.rows_below), xp.diff(groups.positives_below)):
+        received.append(device.empty(int(recv_counts.sum()), part.dtype))
+        carrier.all_to_all_v(part, counts[0], received[-1], counts[1]).wait()
+    scores, rows, positives = received
     return groups_of_runs(scores, rows, positives, counts[1], device)
-
-
-def _carry(
-    part: Array,
-    send_counts: Sequence[int],
-    recv_counts: Sequence[int],
-    comm: Comm,
-    device: Device,
-    carrier: Comm | None,
-) -> Array:
-    """What the other ranks have for this one of an array of the device."""
-    if carrier is not None or device.host is device:
-        received = device.empty(sum(recv_counts), part.dtype)
-        (carrier or comm).all_to_all_v(part, send_counts, received, recv_counts).wait()
-        return received
-    staged = np.empty(sum(recv_counts), part.dtype)
-    comm.all_to_all_v(device.to_host(part), send_counts, staged, recv_counts).wait()
-    return device.upload(staged, device.empty(staged.shape, staged.dtype))
 
 
 def _borders(scores: Array, comm: Comm, device: Device) -> npt.NDArray[Any]:
