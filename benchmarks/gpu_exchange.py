@@ -1,4 +1,4 @@
-"""Tables over several GPUs: the time of every part of the embedding lane, and the rate of a GPU beside that of one alone.
+"""Tables over several GPUs: the time of every part of the embedding lane, and a GPU's rate beside one alone.
 
     mpirun -np 2 --bind-to none python -m mpi4py benchmarks/gpu_exchange.py --batch 65536 6912
 

@@ -54,8 +54,10 @@ def check_placements(specs: Sequence[TableSpec], placements: Sequence[Placement]
     """Refuse what captured steps do not do.
 
     Raises:
-        ConfigError: a table is cut by columns, lists its frequent rows, or has bags.
+        ConfigError: a table is cut by columns, lists its frequent rows, or has bags; or dims differ.
     """
+    if len({spec.dim for spec in specs}) > 1:
+        raise ConfigError(f"tables: dims {sorted({spec.dim for spec in specs})} differ; give all tables one dim")
     for spec, placement in zip(specs, placements, strict=True):
         wrong = None
         if placement.kind == "column_wise":
