@@ -1,12 +1,12 @@
 """Preparing Criteo's rows: ``crosslane prepare criteo`` beside DuckDB, Polars, pandas and NVTabular on the same file.
 
-    python benchmarks/prepare.py --folder DIR [--rows 5000000] [--only engines memory ranks kill] [--json FILE]
+    python benchmarks/prepare.py --folder DIR [--rows 5000000] [--only engines memory phases ranks kill] [--json FILE]
                                  [--engines crosslane duckdb polars pandas nvtabular] [--repetitions 3]
 
 Writes a file of Criteo's form, makes the peers' environments in DIR from the package index, runs each engine in a
 process of its own, in turns, and compares what they wrote row by row. ``memory``: 50 million distinct values under
-``--memory-limit 2GiB``. ``ranks``: 1, 2 and 4 ranks. ``kill``: kill -9 in each pass, then the same command again. How
-to read it: benchmarks/README.md.
+``--memory-limit 2GiB``. ``phases``: time of each pass. ``ranks``: 1, 2 and 4 ranks. ``kill``: kill -9 in each pass,
+then the same command again. How to read it: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -43,6 +43,23 @@ LIMIT = "2GiB"
 WIDE = 10
 """Columns in which every row has a value of its own, where memory is measured."""
 _COMPARED_ROWS = 1 << 18
+
+_PHASES = """
+import json, sys, time
+sys.path.insert(0, sys.argv[1])
+from pipeline.threads import settle_threads
+settle_threads()
+from pathlib import Path
+from pipeline.etl.criteo import CriteoInputs, prepare_criteo
+from pipeline.etl.rules import Rules
+begin = time.perf_counter()
+ends = {}
+def progress(phase, done, total):
+    ends[phase] = time.perf_counter() - begin
+prepare_criteo(CriteoInputs(train=[Path(sys.argv[2])]), Path(sys.argv[3]), progress=progress,
+               rules=Rules(frequency_threshold=int(sys.argv[4])))
+print(json.dumps(ends))
+"""
 
 
 def crosslane(*words: str) -> list[str]:
@@ -227,6 +244,27 @@ def memory(given: argparse.Namespace) -> dict[str, Any]:
             "disk_bytes": found.disk_bytes, "below_limit": found.peak_bytes < 2 << 30}  # fmt: skip
 
 
+def phases(given: argparse.Namespace) -> dict[str, Any]:
+    """What each pass takes a row, without the start of the process: usual values, and nearly all of them distinct."""
+    found = {}
+    out = given.folder / "out" / "phases"
+    for kind, wide, threshold in (("rows", 0, THRESHOLD), ("wide", WIDE, 1)):
+        source = write_rows(given.folder / f"{kind}-{given.rows}.tsv", given.rows, wide)
+        best: dict[str, float] = {}
+        for _ in range(given.repetitions):
+            shutil.rmtree(out, ignore_errors=True)
+            command = [sys.executable, "-c", _PHASES, str(ROOT), str(source), str(out), str(threshold)]
+            ends = json.loads(measure(command, given.folder).output)
+            begin = 0.0
+            for phase, end in ends.items():
+                best[phase] = min(best.get(phase, end), end - begin)
+                begin = end
+        found[kind] = {phase: seconds / given.rows * 1e6 for phase, seconds in best.items()}
+        print(f"{kind}: " + ", ".join(f"{phase} {us:.3f} us a row" for phase, us in found[kind].items()), flush=True)
+    shutil.rmtree(out)
+    return found
+
+
 def digest(out: Path) -> str:
     """SHA-256 of all files of a set, with their names."""
     whole = hashlib.sha256()
@@ -301,7 +339,7 @@ def pass_of(work: Path) -> str:
     return "encode" if (work / "numbered.json").exists() else "number"
 
 
-PARTS = {"engines": engines, "memory": memory, "ranks": ranks, "kill": kill}
+PARTS = {"engines": engines, "memory": memory, "phases": phases, "ranks": ranks, "kill": kill}
 
 
 def main() -> None:
