@@ -14,7 +14,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,10 +27,10 @@ from pipeline.checkpoint import all_parts, commit, prune_checkpoints, write_shar
 from pipeline.checkpoint_folder import begin, target_of
 from pipeline.checkpoint_parts import Part, RowSet, Touched, Value, snapshot
 from pipeline.checkpoint_pieces import stored_bytes
+from pipeline.copy_room import CopyRoom
 
 # Between two looks for receipts; it doubles from one to the other.
-_SHORTEST_PAUSE_S = 0.01
-_LONGEST_PAUSE_S = 0.5
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
 # After every rank said that it has written: how long its files may take to show on shared storage.
 _VISIBLE_S = 60.0
 
@@ -88,12 +88,12 @@ class AsyncSaver:
     """Saves checkpoints of one run while its training goes on (all methods but ``close`` are collective).
 
     At most one save is under way: the next one waits for it. Wait also before anything else writes into the folder.
-    Memory: one copy of what this rank writes (of an increment, of the touched rows), given back tensor by tensor as
-    it reaches the disk.
+    Memory: one copy of what this rank writes (an increment's touched rows), kept for the next one.
 
     Attributes:
         snapshot_seconds: how long the training stood still for the last ``save``, all in all.
         write_seconds: how long the last finished writing took this rank, behind the training.
+        room: where copies go.
     """
 
     def __init__(
@@ -117,12 +117,12 @@ class AsyncSaver:
         """
         self.directory = Path(directory)
         self.comm = comm
-        self.snapshot_seconds = 0.0
-        self.write_seconds = 0.0
+        self.snapshot_seconds = self.write_seconds = 0.0
         self._keep = keep
         self._limit = memory_limit_bytes
         self._on_saved = on_saved
         self._save: _Save | None = None
+        self.room = CopyRoom()
 
     def __enter__(self) -> Self:
         return self
@@ -139,6 +139,13 @@ class AsyncSaver:
     def saving(self) -> Path | None:
         """The checkpoint under way, or whose end was not yet asked for with ``wait``."""
         return self._save.target if self._save else None
+
+    def prepare(self, tensors: Mapping[str, Value]) -> None:
+        """Touch memory for a copy of tensors like these, behind the training (not collective; none is under way)."""
+        sizes = [part.copied_bytes for _, parts in all_parts(tensors, None, {}) for part in parts]
+        if self._allows(sum(sizes)):
+            with contextlib.suppress(MemoryError):  # a save says so, if it is still true then
+                self.room.prepare(sizes)
 
     def save(
         self,
@@ -167,8 +174,7 @@ class AsyncSaver:
 
         def fits() -> bool:
             whole.extend(all_parts(tensors, base, touched or {}))
-            limit = self._limit() if callable(self._limit) else self._limit
-            return limit is None or sum(part.nbytes for _, parts in whole for part in parts) <= limit
+            return self._allows(sum(part.nbytes for _, parts in whole for part in parts))
 
         if all(everywhere(self.comm, target, fits)):
             save = self._save = self._begin(target, step, meta, base, whole, unnamed=name is None)
@@ -181,12 +187,14 @@ class AsyncSaver:
             self._write_at_once(save, started)
         return target
 
+    def _allows(self, copy_bytes: int) -> bool:
+        limit = self._limit() if callable(self._limit) else self._limit
+        return limit is None or copy_bytes <= limit
+
     def _write_at_once(self, save: _Save, started: float) -> None:
         """Write without a copy, every rank in its own thread."""
         try:
-            shards = everywhere(
-                self.comm, save.target, lambda: write_shard(save.scratch, self.comm.rank, _released(save.parts))
-            )
+            shards = everywhere(self.comm, save.target, lambda: write_shard(save.scratch, self.comm.rank, save.parts))
             self.write_seconds = time.perf_counter() - started
 
             def finish() -> str:
@@ -250,7 +258,7 @@ class AsyncSaver:
 
             def copy() -> None:
                 save.meta = _plain(meta)
-                save.parts = _copied(parts, target)
+                save.parts = _copied(parts, target, self.room)
 
             try:
                 everywhere(self.comm, target, copy)
@@ -266,7 +274,7 @@ class AsyncSaver:
         started = time.perf_counter()
         try:
             try:
-                shard = write_shard(save.scratch, self.comm.rank, _released(save.parts))
+                shard = write_shard(save.scratch, self.comm.rank, save.parts)
                 _leave_receipt(save.scratch, self.comm.rank, {"shard": shard})
             except Exception as error:  # noqa: BLE001 the training thread raises it
                 save.write_error = error
@@ -346,21 +354,16 @@ def _plain(meta: Mapping[str, Any]) -> dict[str, Any]:
     return copy
 
 
-def _copied(parts: list[tuple[str, list[Part]]], target: Path) -> list[tuple[str, list[Part]]]:
+def _copied(parts: list[tuple[str, list[Part]]], target: Path, room: CopyRoom) -> list[tuple[str, list[Part]]]:
     settled: dict[int, tuple[RowSet, RowSet]] = {}
     try:
-        return [(name, [snapshot(part, settled) for part in own]) for name, own in parts]
+        room.begin([part.copied_bytes for _, own in parts for part in own])
+        return [(name, [snapshot(part, settled, room) for part in own]) for name, own in parts]
     except MemoryError:
         size = sum(part.nbytes for _, own in parts for part in own)
         raise CheckpointError(
             f"checkpoint {target}: no memory for a copy of {size / 2**20:.0f} MiB; save synchronously"
         ) from None
-
-
-def _released(parts: list[tuple[str, list[Part]]]) -> Iterator[tuple[str, list[Part]]]:
-    """The parts one by one, each given back once the next one is asked for."""
-    while parts:
-        yield parts.pop(0)
 
 
 def _receipt(scratch: Path, rank: int) -> Path:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from dlrm.errors import CheckpointError
 from pipeline.checkpoint_pieces import Piece, PieceEntry, extent, number_type
+from pipeline.copy_room import CopyRoom
 from pipeline.tensor_file import StoredFile, rows_per_piece, tensor_file_name, write_rows
 
 Array = npt.NDArray[Any]
@@ -130,6 +131,11 @@ class Part:
             return self.array.nbytes
         return self.array.nbytes // max(1, len(self.array)) * self.touched.count + self.touched.nbytes
 
+    @property
+    def copied_bytes(self) -> int:
+        """Memory of a snapshot's array alone."""
+        return self.nbytes - (0 if self.touched is None or self.gathered else self.touched.nbytes)
+
     def blocks(self) -> Iterator[Array]:
         """The touched rows, block by block."""
         assert self.touched is not None
@@ -200,18 +206,23 @@ def _restricted(part: Part, touched: Array, known: dict[int, RowSet]) -> Part:
     return smaller if smaller.nbytes < part.nbytes else part
 
 
-def snapshot(part: Part, settled: dict[int, tuple[RowSet, RowSet]]) -> Part:
+def snapshot(part: Part, settled: dict[int, tuple[RowSet, RowSet]], room: CopyRoom) -> Part:
     """A copy that training may go on without.
 
     Args:
         part: what is to be written.
         settled: row sets and their copies by identity, so that parts go on sharing them; gets this one's.
+        room: of the copy, told of ``copied_bytes``.
     """
+    if part.array.dtype.hasobject:
+        return part  # the writer refuses it
     if part.touched is None:
-        return replace(part, array=np.array(part.array, order="C", copy=True))
+        array = room.take(part.array.shape, part.array.dtype)
+        np.copyto(array, part.array)
+        return replace(part, array=array)
     if id(part.touched) not in settled:
         settled[id(part.touched)] = (part.touched, part.touched.settled())
-    array = np.empty((part.touched.count, *part.array.shape[1:]), part.array.dtype)
+    array = room.take((part.touched.count, *part.array.shape[1:]), part.array.dtype)
     start = 0
     for block in part.blocks():
         array[start : start + len(block)] = block

@@ -60,6 +60,7 @@ class RunSaver:
         """
         self._directory = directory
         self._engine = engine
+        self._asynchronous = config.asynchronous
         self._limit_bytes = config.memory_limit_mib and config.memory_limit_mib * 2**20
         self._saver = AsyncSaver(
             directory,
@@ -76,6 +77,11 @@ class RunSaver:
             # A name such as "best" is used again, which a base must not be.
             if resumed is not None and resumed.path.name.startswith(STEP_PREFIX) and _chain(resumed) < _LONGEST_CHAIN:
                 self._base, self._base_step = directory / resumed.path.name, resumed.step
+
+    def prepare(self) -> None:
+        """Get memory for copies ready behind the training, so that the first one takes no longer than others."""
+        if self._asynchronous:
+            self._saver.prepare(self._engine.tensors())
 
     def save(self, *, step: int, meta: Mapping[str, Any], name: str | None = None) -> Path:
         """Save the state of the moment; when it returns, training may go on.
@@ -149,7 +155,7 @@ class RunSaver:
         if self._limit_bytes is not None:
             return self._limit_bytes
         free = available_memory()
-        return int(free * _FREE_FOR_COPY) // self._engine.topology.local_size
+        return int(free * _FREE_FOR_COPY) // self._engine.topology.local_size + self._saver.room.nbytes
 
 
 def _chain(checkpoint: Checkpoint) -> int:

@@ -307,7 +307,7 @@ class Trainer:
         return self._saver.save(step=self.course.step, meta=meta, name=name)
 
     def _make_saver(self) -> RunSaver:
-        return RunSaver(
+        saver = RunSaver(
             self.checkpoints,
             self.engine,
             self.config.checkpoint,
@@ -315,6 +315,9 @@ class Trainer:
             resumed=self._latest,
             on_saved=self._note_saved,
         )
+        if self.config.train.checkpoint_every:
+            saver.prepare()
+        return saver
 
     def _note_saved(self, saved: Saved) -> None:
         self._progress.write("save", **saved.to_values())

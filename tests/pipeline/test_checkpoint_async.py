@@ -238,7 +238,7 @@ def test_a_copy_beyond_the_limit_is_not_made(rng, tmp_path, monkeypatch) -> None
 
 
 def test_a_copy_that_finds_no_memory_is_an_error_of_every_rank(rng, tmp_path, monkeypatch) -> None:
-    def no_memory(part, settled):
+    def no_memory(part, settled, room):
         if part.name == "x1":
             raise MemoryError
         return part
