@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -129,13 +130,21 @@ def parse_synthetic(path: str) -> Manifest:
 def generator_of(manifest: Manifest) -> Generator:
     """The generator of a manifest with a recipe."""
     assert manifest.recipe is not None
-    return Generator(
-        [table.rows for table in manifest.tables],
-        [table.hotness for table in manifest.tables],
+    return _generator(
+        tuple(table.rows for table in manifest.tables),
+        tuple(table.hotness for table in manifest.tables),
         manifest.recipe.exponents,
         len(manifest.dense.names),
         manifest.recipe.seed,
     )
+
+
+@lru_cache(maxsize=4)
+def _generator(
+    table_rows: tuple[int, ...], hotness: tuple[int, ...], exponents: tuple[float, ...], num_dense: int, seed: int
+) -> Generator:
+    """The splits of a set share one, since its constants take longer than a batch."""
+    return Generator(table_rows, hotness, exponents, num_dense, seed)
 
 
 class GeneratedRows(RowFiles):

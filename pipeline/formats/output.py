@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from numpy.typing import NDArray
 from pipeline.manifest import FileInfo, Layout, Part, TableInfo
 
 _UNFINISHED = ".part"
+_HASHED_BESIDE = 1 << 20
+"""Bytes from which on a block is hashed while it is written; less is not worth a thread."""
+_ADVISED_BYTES, _BEHIND = 32 << 20, 256 << 20
+"""How often the system is told, and how far back; so a file of up to ``_BEHIND`` stays in the page cache."""
 
 
 class OutputFile:
@@ -34,6 +39,7 @@ class OutputFile:
         self._part = part
         self._table = table
         self._bytes = 0
+        self._advised = 0
         self._hash = hashlib.sha256()
         self._made = make_folders(self._path.parent)
         self._stream = self._unfinished.open("wb", buffering=0)
@@ -41,11 +47,34 @@ class OutputFile:
     def write(self, values: NDArray[Any]) -> None:
         """Append an array, little-endian."""
         data = np.ascontiguousarray(values, values.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
-        while data:
-            written = self._stream.write(data) or 0
-            self._hash.update(data[:written])
-            self._bytes += written
-            data = data[written:]
+        hashing = None
+        if len(data) >= _HASHED_BESIDE:
+            hashing = threading.Thread(target=self._hash.update, args=(data,))
+            hashing.start()
+        else:
+            self._hash.update(data)
+        try:
+            while data:
+                written = self._stream.write(data) or 0
+                self._bytes += written
+                data = data[written:]
+        finally:
+            if hashing is not None:
+                hashing.join()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Have the system write what is new of a large file, and forget what it has written of it.
+
+        Otherwise a file takes all the memory that is free before its pages are used again, and touching memory for the
+        first time may be several times slower than the disk, on virtual machines above all.
+        """
+        if self._bytes - self._advised < _ADVISED_BYTES or not hasattr(os, "posix_fadvise"):
+            return
+        self._advised = self._bytes
+        start = max(0, self._bytes - _BEHIND)
+        if start:
+            os.posix_fadvise(self._stream.fileno(), start, self._bytes - start, os.POSIX_FADV_DONTNEED)
 
     def close(self, rows: int) -> FileInfo:
         """Bring the file to the disk; it keeps its unfinished name until ``publish``."""
