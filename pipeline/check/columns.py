@@ -32,7 +32,7 @@ class Place:
     Attributes:
         path: the file.
         first: number of the chunk's first unit in the file.
-        unit_bytes: of one.
+        unit_bytes: of one; 0: they do not lie one behind the other.
         unit: what one is.
     """
 
@@ -44,7 +44,8 @@ class Place:
     def at(self, unit: int, byte: int) -> str:
         """File, row and byte for a message."""
         row = self.first + unit
-        return f"{self.path}: {self.unit} {row} (byte {row * self.unit_bytes + byte})"
+        place = f" (byte {row * self.unit_bytes + byte})" if self.unit_bytes else ""
+        return f"{self.path}: {self.unit} {row}{place}"
 
 
 @dataclass(slots=True)

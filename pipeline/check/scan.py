@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.check.columns import BagTally, Faults, HeadTally, KeyTally, Place, WeightTally
 from pipeline.check.counters import Counters
+from pipeline.check.parquet import parquet_words
 from pipeline.check.stream import Stream, Work
 from pipeline.check.tally import GROUPS
 from pipeline.formats.batch import size_fault
@@ -88,13 +89,15 @@ class Scanner:
         """
         manifest = self._manifest
         head = HeadTally(manifest)
-        parts = self._row_parts(learn) if manifest.layout == "raw" else self._table_parts(learn)
+        parts = self._table_parts(learn) if manifest.layout == "jagged" else self._row_parts(learn)
         found = SplitScan(0, head, np.empty((0, 4), np.int64), np.empty((0, GROUPS), np.int64))
         for file in split.files:
             path = self._directory / file.path
             if not _right_size(path, file, manifest, found.sizes):
                 continue
-            if file.part == "rows":
+            if manifest.layout == "parquet":
+                self._read_parquet(path, file, [head.take, *(part.take for part in parts)], found)
+            elif file.part == "rows":
                 works: list[Work] = [_nothing]
                 if manifest.layout == "raw":
                     works = [self._words(path, part.take) for part in parts]
@@ -112,7 +115,8 @@ class Scanner:
 
     def _row_parts(self, learn: bool) -> list[KeyTally]:
         """Tables of Raw rows, in runs of about equal work; the first has labels and dense columns on its thread too."""
-        manifest, wide = self._manifest, self._manifest.key_dtype == "int64"
+        manifest = self._manifest
+        wide = manifest.key_dtype == "int64" or manifest.layout == "parquet"
         tables = manifest.tables
         costs = np.array([_KEY_COST * table.hotness for table in tables])
         head = _LABEL_COST + _DENSE_COST * len(manifest.dense.names)
@@ -147,6 +151,20 @@ class Scanner:
             KeyTally([_one_key(table)], number, 0, None, wide, missing_keys=False, counters=self._counters, learn=learn)
             for number, table in enumerate(self._manifest.tables)
         ] or self._row_parts(learn)
+
+    def _read_parquet(
+        self, path: Path, file: FileInfo, takes: Sequence[Callable[[Any, Place], None]], found: SplitScan
+    ) -> None:
+        """Read a file for its sum, and decode it; a value of a column-wise file has no byte of its own."""
+        self._read(path, file, 1, [], found)
+        rows = 0
+        for words in parquet_words(path, self._manifest):
+            for take in takes:
+                take(words, Place(path, rows, 0))
+            rows += len(words)
+        found.rows += rows
+        if rows != file.rows:
+            found.sizes.add(1, f"{path}: {rows} rows, but {file.rows} are listed; adopt the files again")
 
     def _read_part(
         self, path: Path, file: FileInfo, split: SplitInfo, parts: Sequence[KeyTally], found: SplitScan

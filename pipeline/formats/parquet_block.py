@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dlrm.errors import DataError
 from pipeline.formats.block import Block, Schema, make_block
+from pipeline.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,21 @@ class Columns:
     def all(self) -> list[str]:
         """In that order."""
         return [self.label, *self.dense, *self.tables]
+
+
+def of_manifest(manifest: Manifest) -> tuple[Columns, Schema]:
+    """Columns and schema of a data set of layout ``parquet``."""
+    assert manifest.label_column is not None
+    columns = Columns(manifest.label_column, manifest.dense.names, tuple(table.name for table in manifest.tables))
+    schema = Schema(
+        name=manifest.name,
+        dense_names=manifest.dense.names,
+        dense="float32",
+        tables=manifest.tables,
+        missing_keys=manifest.missing_keys,
+        key_dtype=manifest.key_dtype,
+    )
+    return columns, schema
 
 
 def block_of(frame: pl.DataFrame, columns: Columns, schema: Schema, path: Path, first: int, *, rounds: bool) -> Block:

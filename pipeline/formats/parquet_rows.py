@@ -15,8 +15,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from dlrm.errors import ConfigError, DataError
-from pipeline.formats.block import Schema, check_block
-from pipeline.formats.parquet_block import Columns, block_of
+from pipeline.formats.block import check_block
+from pipeline.formats.parquet_block import block_of, of_manifest
 from pipeline.formats.parquet_faults import check_ends, file_fault, rows_fault
 from pipeline.formats.parquet_file import load_arrow
 from pipeline.formats.raw import RowFiles, Rows, encode_rows
@@ -49,18 +49,7 @@ class ParquetRows(RowFiles):
             )
         self._manifest = manifest
         self._row_bytes = 4 * row_words(manifest)
-        assert manifest.label_column is not None
-        self._columns = Columns(
-            manifest.label_column, manifest.dense.names, tuple(table.name for table in manifest.tables)
-        )
-        self._schema = Schema(
-            name=manifest.name,
-            dense_names=manifest.dense.names,
-            dense="float32",
-            tables=manifest.tables,
-            missing_keys=manifest.missing_keys,
-            key_dtype=manifest.key_dtype,
-        )
+        self._columns, self._schema = of_manifest(manifest)
         self._paths = [directory / file.path for file in split.files]
         self._footers = [self._open(path, file) for path, file in zip(self._paths, split.files, strict=True)]
         self._starts: Rows = np.cumsum([0, *(file.rows for file in split.files)], dtype=np.int64)

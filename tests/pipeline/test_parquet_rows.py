@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -281,9 +282,9 @@ def test_windows_that_memory_cannot_hold_are_refused(folder: Path, monkeypatch: 
         split.will_need(0, 40)
 
 
-def test_converted_to_raw_it_can_be_checked_whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.raises(DataError, match="`crosslane convert` it to raw first"):
-        check_dataset(folder)
+def test_a_check_finds_what_it_finds_in_the_same_rows_as_raw(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     raw = tmp_path_factory.mktemp("converted") / "raw"
     convert(folder, raw, to="raw")
     every = np.arange(70)
@@ -291,6 +292,42 @@ def test_converted_to_raw_it_can_be_checked_whole(folder: Path, tmp_path_factory
     np.testing.assert_array_equal(one.labels, other.labels)
     np.testing.assert_array_equal(one.dense, other.dense)
     np.testing.assert_array_equal(one.keys.keys, other.keys.keys)
+    found, wanted = check_dataset(folder), check_dataset(raw)
+    for part in ("splits", "dense", "tables", "reference"):
+        assert found[part] == wanted[part]
+    assert found["bytes"] == sum((folder / f"{number}.parquet").stat().st_size for number in (0, 1))
+    assert {check["status"] for check in found["checks"] if check["check"] != "checksums"} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "check", "message"),
+    [
+        ("label", 0.5, "labels", "label -1 is neither 0 nor 1"),
+        ("x", float("nan"), "dense values", "dense column 'x' is nan"),
+        ("y", 1e300, "dense values", "dense column 'y' is inf"),
+        ("a", 2**40 + 5, "keys", "key 1099511627781 of table 'a' lies outside its rows 0 .. 999"),
+        ("b", [50, -7], "keys", "key 50 of table 'b'"),
+    ],
+)
+def test_a_check_counts_wrong_values(folder: Path, column: str, value: Any, check: str, message: str) -> None:
+    damaged(folder, column, 20, value)
+    values = check_dataset(folder)
+    (entry,) = (one for one in values["checks"] if one["status"] == "failed")
+    assert (entry["check"], entry["faults"]) == (check, 2 if column == "b" else 1)
+    assert f"1.parquet: row 20: {message}" in entry["detail"]
+
+
+def test_a_check_of_files_that_cannot_be_read(folder: Path) -> None:
+    damaged(folder, "x", 20, None)
+    with pytest.raises(DataError, match=r"1\.parquet: row 20: column 'x' is null"):
+        check_dataset(folder)
+    pq.write_table(pq.read_table(folder / "0.parquet").drop_columns("c"), folder / "0.parquet")
+    manifest = (folder / "dataset.json").read_text()
+    sizes = [int(size) for size in re.findall(r'"bytes": (\d+)', manifest)]
+    new = (folder / "0.parquet").stat().st_size
+    (folder / "dataset.json").write_text(manifest.replace(f'"bytes": {sizes[0]}', f'"bytes": {new}', 1))
+    with pytest.raises(DataError, match=r"0\.parquet: no column 'c'"):
+        check_dataset(folder)
 
 
 def test_without_pyarrow_the_way_out_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,31 @@ def test_a_held_buffer_is_not_overwritten_before_its_event(tmp_path: Path, rng: 
         batch.hold(Upload(batch))
         np.testing.assert_array_equal(batch.records, words[10 * (batch.step - 1) : 10 * batch.step])
     assert waited == [1, 2, 3, 4]  # 5 and 6 have nobody behind them in a ring of two
+
+
+def test_a_slow_consumer_holds_the_readers_back(tmp_path: Path, rng: np.random.Generator) -> None:
+    write_shards(tmp_path, [1000], rng)
+    split: Any = load_dataset(tmp_path).split("train")
+    source, reads = split.record_source(direct=False), []
+    read_runs = source.read_runs
+
+    def counted(runs: Any, buffer: Any) -> Any:
+        reads.append(runs)
+        return read_runs(runs, buffer)
+
+    source.read_runs = counted
+    split.record_source = lambda **_: source
+    with RecordLoader(
+        split, device=HostDevice(), batch_size=10, rank=0, ranks=1, seed=1, shuffle=False, window=10, drop_last=False,
+        prefetch=4, keep=2, epochs=1,
+    ) as loader:  # fmt: skip
+        for taken in range(5):
+            deadline = time.monotonic() + 60
+            while len(reads) < taken + 4 and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(0.01)
+            assert len(reads) == taken + 4
+            next(loader)
 
 
 def test_a_file_cut_short_while_it_is_read(tmp_path: Path, rng: np.random.Generator) -> None:
