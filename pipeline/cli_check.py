@@ -76,7 +76,7 @@ def _print(values: dict[str, Any], page: Path | None, *, as_json: bool) -> None:
     print_rows(f"Check of {values['path']}", checks, as_json=False)
     for title, rows in (("Splits", split_rows), ("Dense columns", dense_rows), ("Tables", table_rows)):
         if found := rows(values):
-            print_rows(title, found, as_json=False)
+            print_rows(title, found, as_json=False, folds=False)
     rate = values["bytes_per_s"] / 1e9
     terminal().print(f"{values['bytes']:,} bytes in {values['seconds']:.1f} s, {rate:.2f} GB/s", soft_wrap=True)
     if where:

@@ -24,6 +24,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 """Of every command that prints a result."""
 
 _PLAIN_LINE_EVERY_S = 5.0
+_WIDEST = 10_000
 _ENDS = {
     "target": "the target metric was reached at step {step}",
     "early_stop": "ended at step {step}, since the metric no longer improved",
@@ -58,8 +59,15 @@ def print_fields(title: str, fields: Mapping[str, Any], *, as_json: bool) -> Non
     terminal().print(table)
 
 
-def print_rows(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
-    """Print a list of like results: a table with a column per field of the first, or a JSON array."""
+def print_rows(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool, folds: bool = True) -> None:
+    """Print a list of like results: a table with a column per field of the first, or a JSON array.
+
+    Args:
+        title: above the table.
+        rows: all with the same fields.
+        as_json: print the array.
+        folds: fit the table into the terminal; ``False``: numbers stay whole, whatever its width.
+    """
     if as_json:
         print_json(list(rows))
         return
@@ -71,7 +79,11 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool) 
         table.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
         table.add_row(*(text_of(value) for value in row.values()))
-    terminal().print(table)
+    console = terminal()
+    if not folds:
+        unbounded = console.options.update(max_width=_WIDEST)
+        console.width = max(console.width, console.measure(table, options=unbounded).maximum)
+    console.print(table)
 
 
 def text_of(value: Any) -> str:

@@ -87,10 +87,15 @@ def tiles(values: Mapping[str, Any]) -> list[dict[str, str]]:
         {"label": "Positives", "value": percent(ones / rows) if rows else _DASH, "note": f"{count(ones)} rows"},
         {
             "label": "Read",
-            "value": f"{plain(values['bytes'])}B",
-            "note": f"in {duration(values['seconds'])}, {plain(values['bytes_per_s'])}B/s",
+            "value": _bytes(values["bytes"]),
+            "note": f"in {duration(values['seconds'])}, {_bytes(values['bytes_per_s'])}/s",
         },
     ]
+
+
+def _bytes(value: float) -> str:
+    text = plain(value)
+    return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
 
 
 def split_rows(values: Mapping[str, Any]) -> list[dict[str, str]]:

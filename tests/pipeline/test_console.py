@@ -33,3 +33,11 @@ def test_a_runs_name_with_brackets_is_shown_on_a_terminal_and_elsewhere():
 def test_an_empty_list_still_says_so(capsys):
     print_rows("0 of 0 jobs", [], as_json=False)
     assert capsys.readouterr().out == "0 of 0 jobs\n"
+
+
+def test_numbers_of_a_wide_table_stay_whole(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = [{f"column {n}": f"{10**n:,}" for n in range(12)}]
+    print_rows("wide", rows, as_json=False, folds=False)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "100,000,000,000" in line)
+    assert all(value in line for value in rows[0].values())
