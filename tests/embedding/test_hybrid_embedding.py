@@ -39,8 +39,9 @@ PLANS = {
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("hotness", [1, 3])
 @pytest.mark.parametrize("plan", PLANS)
-def test_every_plan_trains_as_one_rank_does(plan: str, ranks: int, seed: int) -> None:
+def test_every_plan_trains_as_one_rank_does(plan: str, hotness: int, ranks: int, seed: int) -> None:
     kinds, share = PLANS[plan]
     for number, kind in enumerate(KINDS):
         if kind == "rowwise_adagrad" and plan == "column_wise":
@@ -50,7 +51,7 @@ def test_every_plan_trains_as_one_rank_does(plan: str, ranks: int, seed: int) ->
             rows=(50, 3, 200, 20, 9, 31),
             batches=(13, 13, 6, 21),
             dim=6,
-            hotness=1 if number % 2 else 3,
+            hotness=hotness,
             weighted=number % 3 == 0,
             kind=kind,
             kinds=kinds,

@@ -93,6 +93,19 @@ def test_a_key_out_of_range_on_one_rank_ends_all_and_names_it(tiny_dataset, run_
     refused(3, [f"rank {rank}: ", f"row {row}", "item", "key 300"], "train", path, "--ranks", "2")
 
 
+@pytest.mark.ranks
+def test_ranks_with_different_configs_are_named_before_anything_is_read(tiny_dataset, run_values, run_engine):
+    script = 'exec "$0" -m mpi4py -m pipeline.train "$1" --set optimizer.lr=0.$((OMPI_COMM_WORLD_RANK % 2 + 1))'
+    values = run_values(tiny_dataset())
+    code, errors = run_engine(values, ranks=3, command=["sh", "-c", script, sys.executable])
+    assert code == 2, errors
+    sentence = (
+        "optimizer.lr: the ranks disagree: 0.1 on rank 0, 2; 0.2 on rank 1; start every rank with the same config"
+    )
+    assert f"error: {sentence}" in errors.splitlines()
+    assert not list((Path(values["run"]["directory"]) / "checkpoints").glob("*"))
+
+
 def test_concat_of_bags_with_missing_keys_is_refused(tiny_dataset, run_values, config):
     path = config(run_values(tiny_dataset(), embedding={"tables": {"tags": {"pooling": "concat"}}}))
     refused(3, ["'tags'", "holds 1 keys", "2", "use pooling sum or mean"], "train", path)
