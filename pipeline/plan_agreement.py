@@ -150,7 +150,7 @@ def _link_rates(config: RunConfig, comm: Comm, topology: Topology, device: Devic
     if text:
         try:
             values = json.loads(text)
-            if {name: values.pop(name, None) for name in shape} == shape:
+            if isinstance(values, dict) and {name: values.pop(name, None) for name in shape} == shape:
                 return rates_from_values(values)
         except (ValueError, ConfigError):
             pass  # a torn file is measured again
