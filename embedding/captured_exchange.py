@@ -12,7 +12,7 @@ H replicated rows, C_o most rows that rank o sends to one other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,17 +20,19 @@ import numpy as np
 from dlrm.config import OptimizerConfig
 from dlrm.device import Array, Device
 from dlrm.errors import ConfigError
-from dlrm.scalars import OVERFLOW, SIZE, SPARSE, UNSCALE, write_guard
+from dlrm.scalars import OVERFLOW, SIZE, UNSCALE
 from embedding.batch import check_arrays, check_trains
-from embedding.buffers import NO_OFFSETS, NO_WEIGHTS
 from embedding.captured_placement import SIGMAS, pair_capacities, place_tables
 from embedding.captured_update import CapturedUpdate
 from embedding.comm import Comm
-from embedding.exchange_buffers import ExchangeBuffers, as_bytes, wire_type
+from embedding.exchange_buffers import ExchangeBuffers, wire_type
+from embedding.exchange_route import FlatRoute, Route, call
+from embedding.node_route import NodeRoute, Nodes
 from embedding.pair_lists import PairLists, count_pairs, list_pairs
 from embedding.placement import Plan
 from embedding.row_moves import move_rows
 from embedding.row_sort import RowSort, sort_rows
+from embedding.runs import UnitUpdate
 from embedding.sorted_update import origins_of, update_sorted, update_summed
 from embedding.sparse_optim import mark_touched, sgd_one_hot
 from embedding.store_mirrors import StoreMirrors
@@ -65,6 +67,8 @@ class ExchangedEmbedding:
         exchange_precision: Precision = "fp32",
         shares: Array | None = None,
         sigmas: float = SIGMAS,
+        hierarchical: bool = False,
+        distinct: Sequence[int] | None = None,
     ) -> None:
         """Allocate and initialise what this rank holds.
 
@@ -82,6 +86,9 @@ class ExchangedEmbedding:
             shares: [T, W] part of each table's look-ups that goes to each owner (``captured_placement.owner_shares``),
                 the same on all ranks; ``None``: lists have room for whatever keys there may be.
             sigmas: standard deviations that lists have room for above what is expected.
+            hierarchical: rows and gradients go by node (``node_route``); ``topology`` has groups of the device then.
+            distinct: of each rank the most rows that a node asks for (``captured_placement.node_rows``); ``None``: as
+                many as lists have room for.
 
         Raises:
             ConfigError: the plan is for other ranks, or has placements that GPUs do not do.
@@ -93,23 +100,22 @@ class ExchangedEmbedding:
         self._device, self._optimizer, self._deterministic = device, optimizer, deterministic
         self._precision, self._shares, self._sigmas = exchange_precision, shares, sigmas
         self._dim = plan.specs[0].dim
+        self._distinct = distinct
+        self._nodes = None if not hierarchical or topology is None else Nodes.of(topology)
+        others = [rank for rank in range(comm.size) if rank != comm.rank]
+        order = (*others, comm.rank) if self._nodes is None else self._nodes.order
         adds = optimizer.kind == "sgd" and np.dtype(table_dtype) == np.float32 and not deterministic
         self._placed = place_tables(
             plan, rank=comm.rank, first=first, device=device, optimizer=optimizer, dtype=table_dtype, seed=seed,
-            own_pads=not adds, frequent_pads=deterministic,
+            own_pads=not adds or hierarchical, frequent_pads=deterministic, order=order,
         )  # fmt: skip
         store, xp = self._placed.store, device.xp
         self._adds = adds
         self._origins = xp.asarray(origins_of(store.shards))
-        self._nothing: tuple[Array, Array, Array] = (
-            xp.asarray(NO_OFFSETS), xp.asarray(NO_WEIGHTS), xp.asarray(np.empty(0, np.int32)),
-        )  # fmt: skip
         self._sums_of_tables = xp.asarray(np.zeros(len(self.specs), np.bool_))
         # The sums of replicated rows' gradients; one row more for the keys of other rows.
         self._sums = device.zeros((self._placed.frequent + 1, self._dim), np.float32)
-        unit = np.zeros(SIZE, np.float32)
-        unit[SPARSE] = -1.0  # "SGD" with this rate adds gradients up
-        self._unit = xp.asarray(unit), xp.asarray(write_guard(np.empty(SIZE, np.float32), 1.0))
+        self._unit = UnitUpdate.create(device)
         self._touched: Array | None = None
         self._mirrors = StoreMirrors(device, self._placed.shards())
 
@@ -160,7 +166,7 @@ class ExchangedEmbedding:
         check_arrays(vectors, grad_vectors, capacity, (self.first + len(self.specs), self._dim), vectors.dtype)
         keys = self._device.zeros(max(1, len(self.specs) * capacity * self.comm.size), np.int32)
         capacities = pair_capacities(self.plan, capacity, self._shares, self._sigmas)
-        return self._make(capacity, vectors, grad_vectors, keys, capacities)
+        return self._make(capacity, vectors, grad_vectors, keys, capacities, self._distinct)
 
     def exact(self, buffers: ExchangeBuffers, rows: int, global_rows: int) -> ExchangeBuffers:
         """The same batch with lists of the length that it needs, after ``input_dist``; the host waits for counts.
@@ -170,30 +176,39 @@ class ExchangedEmbedding:
             rows: B.
             global_rows: G.
         """
-        self._run(count_pairs, buffers.keys, global_rows, self._placed.layout, buffers.lists)
+        call(self._device, count_pairs, buffers.keys, global_rows, self._placed.layout, buffers.lists)
         capacities = self._device.to_host(buffers.lists.totals).max(axis=1).tolist()
-        made = self._make(buffers.capacity, buffers.vectors, buffers.grad_vectors, buffers.keys, tuple(capacities))
+        made = self._make(
+            buffers.capacity, buffers.vectors, buffers.grad_vectors, buffers.keys, tuple(capacities), None
+        )  # fmt: skip
         made.exact = True
         self.input_dist(made, rows, global_rows)
         return made
 
     def _make(
-        self, capacity: int, vectors: Array, grad_vectors: Array | None, keys: Array, capacities: tuple[int, ...]
+        self,
+        capacity: int,
+        vectors: Array,
+        grad_vectors: Array | None,
+        keys: Array,
+        capacities: tuple[int, ...],
+        distinct: Sequence[int] | None,
     ) -> ExchangeBuffers:
         device, placed, dim = self._device, self._placed, self._dim
         trains = grad_vectors is not None
-        lists = PairLists.create(device, placed.layout, capacity, capacities, own=trains and self._adds)
-        wire = wire_type(self._precision, vectors.dtype)
-        fetched = sum(capacities) - capacities[self.comm.rank]
+        relay, size = (None, 0) if self._nodes is None or not trains else self._nodes.relays(capacities)
+        lists = PairLists.create(
+            device, placed.layout, capacity, capacities, own=trains and self._adds, relay_start=relay, relay_size=size
+        )
         buffers = ExchangeBuffers(
             capacity=capacity, vectors=vectors, grad_vectors=grad_vectors, keys=keys, lists=lists,
-            owned=device.zeros((len(lists.given), dim), wire), fetched=device.zeros((fetched, dim), wire),
+            route=self._route(lists, wire_type(self._precision, vectors.dtype), distinct, trains=trains),
         )  # fmt: skip
         if not trains:
             return buffers
         buffers.guard = device.zeros(SIZE, np.float32)
         buffers.update = CapturedUpdate(
-            self._optimizer, placed.flat, np.zeros(1, np.bool_), np.zeros(1, np.int64), max(1, len(lists.given)),
+            self._optimizer, placed.flat, np.zeros(1, np.bool_), np.zeros(1, np.int64), max(1, len(buffers.route.keys)),
             one_hot=True, weighted=False, deterministic=self._deterministic, device=device,
         )  # fmt: skip
         if self._deterministic:
@@ -201,6 +216,14 @@ class ExchangedEmbedding:
                 device, max(1, len(self.specs) * capacity), placed.frequent + 1, dim, weighted=False
             )
         return buffers
+
+    def _route(self, lists: PairLists, wire: Any, distinct: Sequence[int] | None, *, trains: bool) -> Route:
+        layout, device = self._placed.layout, self._device
+        if self._nodes is None:
+            return FlatRoute(lists, self.comm, device, self._dim, wire)
+        assert self.topology is not None
+        rooms = [self.comm.size * most for most in lists.capacities] if distinct is None else distinct
+        return NodeRoute(layout, lists, self.topology, device, self._dim, wire, rooms, trains=trains)
 
     def input_dist(self, buffers: ExchangeBuffers, rows: int, global_rows: int) -> None:
         """Find out from the keys in ``buffers`` what travels, and bring it into order where an update needs it.
@@ -220,33 +243,35 @@ class ExchangedEmbedding:
         buffers.num_rows, buffers.global_rows = rows, global_rows
         lists, layout = buffers.lists, self._placed.layout
         lists.touched.fill(0)
-        self._run(count_pairs, buffers.keys, global_rows, layout, lists)
-        self._run(list_pairs, buffers.keys, global_rows, layout, lists)
+        lists.relay.fill(layout.relay_pad)
+        call(self._device, count_pairs, buffers.keys, global_rows, layout, lists)
+        call(self._device, list_pairs, buffers.keys, global_rows, layout, lists)
         if buffers.update is None:
             return
-        offsets, weights, _ = self._nothing
-        if len(lists.given):
-            buffers.update.prepare(lists.given, offsets, weights, len(lists.given))
+        route, unit = buffers.route, self._unit
+        route.prepare()
+        if count := self._named(buffers):
+            buffers.update.prepare(route.keys[:count], unit.no_offsets, unit.no_weights, count)
         if buffers.order is not None and rows:
             keys = lists.frequent[: len(self.specs) * rows]
-            self._run(
-                sort_rows, layout.frequent_start, keys, offsets, weights, rows, self._placed.frequent + 1, buffers.order
-            )
+            call(
+                self._device, sort_rows, layout.frequent_start, keys, unit.no_offsets, unit.no_weights, rows,
+                self._placed.frequent + 1, buffers.order,
+            )  # fmt: skip
 
     def lookup(self, buffers: ExchangeBuffers) -> None:
         """Put the rows that lie here into the vectors, and those that others ask for side by side."""
-        lists, weight, nothing = buffers.lists, self._placed.store.weight, self._nothing[2]
-        places = buffers.num_rows * self._placed.layout.num_places
-        self._run(move_rows, weight, lists.local[:places], self._flat(buffers.vectors)[:places], nothing)
-        others = self._others(buffers)
-        self._run(move_rows, weight, lists.given[:others], buffers.owned[:others], nothing)
+        weight, places = self._placed.store.weight, buffers.num_rows * self._placed.layout.num_places
+        target = self._flat(buffers.vectors)[:places]
+        call(self._device, move_rows, weight, buffers.lists.local[:places], target, None)
+        buffers.route.pack(weight)
 
     def output_dist(self, buffers: ExchangeBuffers) -> None:
         """Bring the rows to the ranks that ask for them."""
-        lists, others = buffers.lists, len(buffers.fetched)
-        self._exchange(buffers.owned, buffers.fetched, lists, outward=True)
-        target, nothing = self._flat(buffers.vectors), self._nothing[2]
-        self._run(move_rows, buffers.fetched, nothing, target, lists.asked[:others])
+        buffers.route.outward(self._flat(buffers.vectors))
+        if self._nodes is not None:
+            # Distinct rows are counted by those whom they concern.
+            self.comm.all_reduce(buffers.lists.flag, "max").wait()
 
     def grad_dist(self, buffers: ExchangeBuffers) -> None:
         """Send the gradients ``grad_vectors`` to the owners, and sum those of replicated rows.
@@ -255,34 +280,28 @@ class ExchangedEmbedding:
             ConfigError: the buffers are forward only.
         """
         check_trains(buffers.grad_vectors)
-        lists, others, nothing = buffers.lists, len(buffers.fetched), self._nothing[2]
-        source, scale = self._flat(buffers.grad_vectors), self._scale(buffers)
-        self._run(move_rows, source, lists.asked[:others], buffers.fetched, nothing, scale)
-        if not self._adds:
-            own = buffers.owned[self._others(buffers) :]
-            self._run(move_rows, source, lists.asked[others:], own, nothing, scale)
-        self._exchange(buffers.fetched, buffers.owned, lists, outward=False)
+        buffers.route.inward(self._flat(buffers.grad_vectors), self._scale(buffers), own=not self._adds)
         if self._placed.frequent:
             self._sum_frequent(buffers)
             self.comm.all_reduce(self._sums[: self._placed.frequent]).wait()
 
     def _sum_frequent(self, buffers: ExchangeBuffers) -> None:
         """Add this rank's gradients of replicated rows up, row by row."""
-        rows, layout, lists = buffers.num_rows, self._placed.layout, buffers.lists
+        rows, layout, lists, unit = buffers.num_rows, self._placed.layout, buffers.lists, self._unit
         self._sums.fill(0)
         if not rows:
             return
         keys = lists.frequent[: len(self.specs) * rows]
         if buffers.order is None:
-            self._run(
-                sgd_one_hot, self._sums, layout.frequent_start, keys, layout.place, rows, buffers.grad_vectors,
-                *self._unit,
+            call(
+                self._device, sgd_one_hot, self._sums, layout.frequent_start, keys, layout.place, rows,
+                buffers.grad_vectors, unit.scalars, unit.guard,
             )  # fmt: skip
             return
-        offsets, weights, _ = self._nothing
-        self._run(
-            update_sorted, "sgd", self._sums, [], layout.frequent_start, keys, offsets, weights, self._sums_of_tables,
-            layout.place, rows, buffers.grad_vectors, self._origins, *self._unit, buffers.order,
+        call(
+            self._device, update_sorted, "sgd", self._sums, [], layout.frequent_start, keys, unit.no_offsets,
+            unit.no_weights, self._sums_of_tables, layout.place, rows, buffers.grad_vectors, self._origins,
+            unit.scalars, unit.guard, buffers.order,
         )  # fmt: skip
 
     def sparse_update(self, buffers: ExchangeBuffers, scalars: Array, guard: Array) -> None:
@@ -295,21 +314,22 @@ class ExchangedEmbedding:
         """
         update, lists, placed = buffers.update, buffers.lists, self._placed
         assert update is not None, "forward only"
-        rows, layout, store = buffers.num_rows, placed.layout, placed.store
+        rows, layout, store, unit = buffers.num_rows, placed.layout, placed.store, self._unit
         told = self._told(buffers, guard)
         if self._adds and rows:
             keys = lists.own[: len(self.specs) * rows]
-            self._run(
-                sgd_one_hot, store.weight, layout.own_start, keys, layout.place, rows, buffers.grad_vectors, scalars,
-                guard,
+            call(
+                self._device, sgd_one_hot, store.weight, layout.own_start, keys, layout.place, rows,
+                buffers.grad_vectors, scalars, guard,
             )  # fmt: skip
-        offsets, weights, _ = self._nothing
-        count = self._others(buffers) if self._adds else len(lists.given)
-        if count:
-            update.update(lists.given[:count], offsets, weights, count, buffers.owned[:, None], scalars, told)
+        if count := self._named(buffers):
+            route = buffers.route
+            update.update(
+                route.keys[:count], unit.no_offsets, unit.no_weights, count, route.gradients[:, None], scalars, told
+            )
         if placed.frequent:
-            self._run(
-                update_summed, self._optimizer.kind, store.weight, list(store.state.values()),
+            call(
+                self._device, update_summed, self._optimizer.kind, store.weight, list(store.state.values()),
                 self._sums[: placed.frequent], lists.touched, self._origins, scalars, guard,
             )  # fmt: skip
         self._note_touched(buffers)
@@ -318,9 +338,10 @@ class ExchangedEmbedding:
         """Also where the guard kept a row: saving a row too many is no harm."""
         if self._touched is None:
             return
-        given, (offsets, _, _) = buffers.lists.given, self._nothing
+        given = buffers.lists.given
         if len(given):
-            self._run(mark_touched, given, offsets, self._placed.flat.row_start, len(given), self._touched)
+            rest = (self._unit.no_offsets, self._placed.flat.row_start, len(given), self._touched)
+            call(self._device, mark_touched, given, *rest, beside="embedding.row_sort")
         frequent = self._touched[: self._placed.frequent].view(np.uint8)
         self._device.xp.bitwise_or(frequent, buffers.lists.touched, out=frequent)
 
@@ -338,35 +359,26 @@ class ExchangedEmbedding:
 
     def bytes_sent(self, buffers: ExchangeBuffers) -> dict[str, int]:
         """Bytes that a batch sends to other ranks, as ``HybridEmbedding.bytes_sent`` counts them."""
-        size, row_bytes = self.comm.size, self._dim * buffers.owned.dtype.itemsize
-        reduced = 4 * self._placed.frequent * self._dim
+        size, row_bytes = self.comm.size, self._dim * buffers.route.gradients.dtype.itemsize
+        reduced, (outward, inward) = 4 * self._placed.frequent * self._dim, buffers.route.sent_rows
         return {
             "input_dist": 0,
-            "output_dist": self._others(buffers) * row_bytes,
-            "grad_dist": 0 if buffers.grad_vectors is None else len(buffers.fetched) * row_bytes,
+            "output_dist": outward * row_bytes,
+            "grad_dist": 0 if buffers.grad_vectors is None else inward * row_bytes,
             "all_reduce": 0 if buffers.grad_vectors is None else reduced * 2 * (size - 1) // size,
         }
 
-    def _exchange(self, send: Array, recv: Array, lists: PairLists, *, outward: bool) -> None:
-        """All ranks' rows to those who ask (``outward``), or gradients back; nothing stays on a rank."""
-        rank, size = self.comm.rank, self.comm.size
-        if size == 1:
-            return
-        own = [0 if other == rank else lists.capacities[rank] for other in range(size)]
-        others = [0 if other == rank else lists.capacities[other] for other in range(size)]
-        going, coming = (own, others) if outward else (others, own)
-        self.comm.all_to_all_v(as_bytes(send), going, as_bytes(recv), coming).wait()
-
-    def _others(self, buffers: ExchangeBuffers) -> int:
-        """Rows of ``given`` that are for other ranks: all but the last chunk."""
-        return (self.comm.size - 1) * buffers.lists.capacities[self.comm.rank]
+    def _named(self, buffers: ExchangeBuffers) -> int:
+        """Rows that the update is told of one by one: without this rank's own where these are added up by key."""
+        route = buffers.route
+        return len(route.keys) - route.own * self._adds
 
     def _flat(self, vectors: Array) -> Array:
         return vectors.reshape(-1, self._dim)
 
     def _scale(self, buffers: ExchangeBuffers) -> float:
         """Factor of gradients on their way: fp16 has too few small numbers for those of fp32 without a loss scale."""
-        if buffers.owned.dtype != np.float16 or buffers.vectors.dtype == np.float16:
+        if buffers.route.gradients.dtype != np.float16 or buffers.vectors.dtype == np.float16:
             return 1.0
         return float(1 << ((buffers.capacity * self.comm.size).bit_length() - 1))
 
@@ -378,20 +390,3 @@ class ExchangedEmbedding:
         unscale = buffers.guard[UNSCALE : UNSCALE + 1]
         self._device.xp.multiply(unscale, np.float32(1.0 / scale), out=unscale)
         return buffers.guard
-
-    def _run(self, reference: Callable[..., Any], *arguments: Any) -> None:
-        kernel = self._device.kernel(_MODULES[reference], reference.__name__)
-        (kernel or reference)(*arguments)
-
-
-_MODULES = {
-    count_pairs: "embedding.pair_lists",
-    list_pairs: "embedding.pair_lists",
-    move_rows: "embedding.row_moves",
-    sort_rows: "embedding.row_sort",
-    update_sorted: "embedding.sorted_update",
-    update_summed: "embedding.sorted_update",
-    sgd_one_hot: "embedding.sparse_optim",
-    mark_touched: "embedding.row_sort",
-}
-"""The modules beside which the launches of these operations lie."""

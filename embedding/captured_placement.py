@@ -19,6 +19,7 @@ from embedding.pair_lists import PairLayout
 from embedding.placement import Placement, Plan, TableSpec
 from embedding.row_layout import rows_of
 from embedding.table import Part, Shard, ShardStore, create_shards
+from embedding.topology import start_of
 
 SIGMAS = 10.0
 """A list holds what is expected and so many standard deviations."""
@@ -81,6 +82,7 @@ def place_tables(
     seed: int | None,
     own_pads: bool,
     frequent_pads: bool,
+    order: Sequence[int],
 ) -> CapturedPlacement:
     """Allocate and initialise what ``rank`` holds.
 
@@ -94,6 +96,7 @@ def place_tables(
         seed: of the run; ``None``: tables of zeros.
         own_pads: lists of own rows are filled up with the row of padding, otherwise with -1.
         frequent_pads: the same of what stands for rows that are not replicated, with row H.
+        order: the ranks in the order of their chunks, ``rank`` last.
 
     Raises:
         ConfigError: see ``check_placements``.
@@ -106,6 +109,8 @@ def place_tables(
     frequent_start = np.cumsum(threshold) - threshold
     own = [rows_of(spec, placement, ranks, rank) for spec, placement in zip(specs, placements, strict=True)]
     held = np.array([len(rows) for rows in own], np.int64)
+    pairs = zip(specs, placements, strict=True)
+    most = np.array([max(len(rows_of(*pair, ranks, r)) for r in range(ranks)) for pair in pairs], np.int64)
     frequent = int(threshold.sum())
     total = frequent + int(held.sum())
     if total >= MOST_ROWS:
@@ -130,6 +135,11 @@ def place_tables(
         own_pad=total if own_pads else -1,
         frequent_pad=xp.asarray(pads.astype(np.int32)),
         frequent=frequent,
+        order=tuple(order),
+        chunk_of=xp.asarray(np.argsort(order).astype(np.int32)),
+        relay_row_start=xp.asarray(np.cumsum(most) - most),
+        relay_pad=int(most.sum()),
+        total_rows=total,
     )
     flat = ShardStore(store.shards, store.weight, store.state, xp.asarray(np.zeros(1, np.int64)))
     return CapturedPlacement(store=store, flat=flat, layout=layout, frequent=frequent)
@@ -184,3 +194,27 @@ def pair_capacities(plan: Plan, rows: int, shares: Array | None, sigmas: float =
             variance += rows * share * (1 - share)
         capacities.append(min(most, math.ceil(mean + sigmas * math.sqrt(variance) - 1e-6)))
     return tuple(capacities)
+
+
+def node_rows(plan: Plan, keys: Array, nodes: Sequence[Sequence[int]], sigmas: float = SIGMAS) -> tuple[int, ...]:
+    """How many distinct rows of each rank a node may ask for in a batch.
+
+    Args:
+        plan: placements of all tables.
+        keys: [T, G] of the host, a whole batch.
+        nodes: the ranks of each node.
+        sigmas: standard deviations above what these keys show; a count of distinct rows varies no more than its root.
+    """
+    total, most = keys.shape[1], np.zeros(plan.ranks)
+    for ranks in nodes:
+        parts = [keys[:, start_of(total, plan.ranks, rank) : start_of(total, plan.ranks, rank + 1)] for rank in ranks]
+        own = np.concatenate(parts, axis=1).astype(np.int64)
+        found = np.zeros(plan.ranks)
+        for table, placement in enumerate(plan.placements):
+            beyond = np.unique(own[table]) - placement.threshold
+            if placement.kind == "table_wise":
+                found[placement.owner] += len(beyond)
+            else:
+                found += np.bincount(beyond[beyond >= 0] % plan.ranks, minlength=plan.ranks)
+        most = np.maximum(most, found)
+    return tuple(np.ceil(most + sigmas * np.sqrt(most)).astype(np.int64).tolist())

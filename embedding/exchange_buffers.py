@@ -13,6 +13,7 @@ import numpy as np
 from dlrm.device import Array
 from embedding.buffers import BatchBuffers
 from embedding.captured_update import CapturedUpdate
+from embedding.exchange_route import Route
 from embedding.pair_lists import PairLists
 from embedding.row_sort import RowSort
 from embedding.wire import Precision
@@ -27,9 +28,7 @@ class ExchangeBuffers(BatchBuffers):
     Attributes:
         keys: [T * G] int32 of the device, table-major; written by whoever uploads the batch.
         lists: what travels.
-        owned: [W * C_rank, D]: rows of this rank on their way to the others, and gradients that came for them; the
-            last chunk is this rank's own.
-        fetched: [sum of the others' C_o, D]: rows of other ranks that came, and gradients on their way to them.
+        route: how it travels.
         update: of this rank's own rows; ``None``: forward only.
         order: of the replicated rows' keys, where sums have an order.
         guard: what ``update`` is told of the guard.
@@ -38,17 +37,11 @@ class ExchangeBuffers(BatchBuffers):
 
     keys: Array
     lists: PairLists
-    owned: Array
-    fetched: Array
+    route: Route
     update: CapturedUpdate | None = None
     order: RowSort | None = None
     guard: Array = None
     exact: bool = False
-
-
-def as_bytes(rows: Array) -> Array:
-    """[n, D] as [n, bytes]: carriers know no 16-bit numbers."""
-    return rows.view(np.uint8) if len(rows) else np.empty((0, rows.shape[1] * rows.dtype.itemsize), np.uint8)
 
 
 def wire_type(precision: Precision, vectors: Any) -> Any:

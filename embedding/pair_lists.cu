@@ -1,5 +1,5 @@
 // Lists of the rows that travel between each pair of ranks: the kernels of pair_lists_cuda.py, references in
-// pair_lists.py.
+// pair_lists.py; and those of runs.py.
 //
 // Shapes: W ranks, T tables, G rows of the global batch, B of a rank, F places, N tiles of one rank's keys.
 // Macros: KEY: type of the keys.
@@ -110,14 +110,14 @@ KERNEL void __launch_bounds__(THREADS) add_tiles(
 }
 
 // Fill the lists up behind their last rows.
-DEVICE void pad_lists(int ranks, int rank, const int* capacity, const int* asked_start, const uint32* totals,
-                      int own_pad, int* asked, int* given) {
+DEVICE void pad_lists(int ranks, int rank, const int* capacity, const int* asked_start, const int* chunk_of,
+                      const uint32* totals, int own_pad, int* asked, int* given) {
   const uint32 thread = blockIdx.x * THREADS + threadIdx.x, threads = gridDim.x * THREADS;
   const uint32 own_capacity = uint32(capacity[rank]);
   for (int other = 0; other < ranks; ++other) {
     const uint32 size = uint32(capacity[other]);
     for (uint32 i = totals[other * ranks + rank] + thread; i < size; i += threads) asked[asked_start[other] + i] = -1;
-    const uint32 chunk = other == rank ? ranks - 1 : other - (other > rank);
+    const uint32 chunk = chunk_of[other];
     for (uint32 i = totals[rank * ranks + other] + thread; i < own_capacity; i += threads) {
       given[chunk * own_capacity + i] = own_pad;
     }
@@ -129,11 +129,12 @@ KERNEL void __launch_bounds__(THREADS) list_owners(
     const int64* __restrict__ frequent_start, const int64* __restrict__ own_start, const int64* __restrict__ place,
     const int* __restrict__ frequent_pad, int num_places, int ranks, int bits, int rank, int own_pad, int num_tables,
     uint32 global_rows, uint32 chunks, const int* __restrict__ capacity, const int* __restrict__ asked_start,
-    const uint32* __restrict__ counts, const uint32* __restrict__ totals, int* __restrict__ asked,
+    const int* __restrict__ chunk_of, const uint32* __restrict__ counts, const uint32* __restrict__ totals, int* __restrict__ asked,
     int* __restrict__ given, int* __restrict__ local, int* __restrict__ frequent, int* __restrict__ own_rows,
-    int with_own, unsigned char* __restrict__ touched) {
+    int with_own, unsigned char* __restrict__ touched, const int64* __restrict__ relay_row_start,
+    const int* __restrict__ relay_start, int* __restrict__ relay, int with_relay) {
   DYNAMIC_SHARED(shared);
-  pad_lists(ranks, rank, capacity, asked_start, totals, own_pad, asked, given);
+  pad_lists(ranks, rank, capacity, asked_start, chunk_of, totals, own_pad, asked, given);
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   const uint32 index = blockIdx.x * WARPS + warp, tiles = num_tables * chunks;
   if (index >= ranks * tiles) return;
@@ -146,7 +147,7 @@ KERNEL void __launch_bounds__(THREADS) list_owners(
   const int64 limit = threshold[tile.table], first_frequent = frequent_start[tile.table];
   const int64 first_own = own_start[tile.table];
   const int table_owner = owner[tile.table], own_capacity = capacity[rank], own_place = int(place[tile.table]);
-  const int chunk = mine ? ranks - 1 : tile.rank - (tile.rank > rank);
+  const int chunk = chunk_of[tile.rank];
   const int64 own_rows_of_batch = start_of(global_rows, ranks, rank + 1) - start_of(global_rows, ranks, rank);
   for (int round = 0; round < tile.count; round += LANES) {
     const int k = round + lane;
@@ -163,6 +164,10 @@ KERNEL void __launch_bounds__(THREADS) list_owners(
     const int64 beyond = table_owner >= 0 ? key - limit : (key - limit) / ranks;
     if (o < 0) touched[first_frequent + key] = 1;
     if (o == rank && at < uint32(own_capacity)) given[int64(chunk) * own_capacity + at] = int(first_own + beyond);
+    if (with_relay && o >= 0 && at < uint32(capacity[o])) {
+      const int begin = relay_start[o * ranks + tile.rank];
+      if (begin >= 0) relay[begin + at] = int(relay_row_start[tile.table] + beyond);
+    }
     if (!mine) continue;
     const int64 row = tile.row + k, item = tile.table * own_rows_of_batch + row;
     const int64 at_place = row * num_places + own_place;
@@ -170,5 +175,56 @@ KERNEL void __launch_bounds__(THREADS) list_owners(
     local[at_place] = o < 0 ? int(first_frequent + key) : o == rank ? int(first_own + beyond) : -1;
     frequent[item] = o < 0 ? int(key) : frequent_pad[tile.table];
     if (with_own) own_rows[item] = o == rank ? int(beyond) : -1;
+  }
+}
+
+// Whether a row begins a run in its group; rows of padding begin none.
+DEVICE bool begins_run(const uint32* rows, uint32 begin, uint32 at, uint32 pad) {
+  return rows[at] != pad && (at == begin || rows[at] != rows[at - 1]);
+}
+
+// counts[g, n] = runs that begin in tile n of group g; groups are `size` sorted rows each.
+KERNEL void __launch_bounds__(THREADS) count_runs(
+    const uint32* __restrict__ rows, uint32 size, uint32 groups, uint32 chunks, const int64* __restrict__ row_start,
+    uint32 pad, uint32* __restrict__ counts) {
+  const int lane = threadIdx.x % LANES;
+  const uint32 index = blockIdx.x * WARPS + threadIdx.x / LANES;
+  if (index >= groups * chunks) return;
+  const uint32 group = index / chunks, begin = group * size, own_pad = uint32(row_start[group]) + pad;
+  uint32 count = 0;
+  for (uint32 k = index % chunks * TILE; k < (index % chunks + 1) * TILE && k < size; k += LANES) {
+    count += __popc(__ballot_sync(ALL_LANES, k + lane < size && begins_run(rows, begin, begin + k + lane, own_pad)));
+  }
+  if (lane == 0) counts[index] = count;
+}
+
+// slots[i] = the number of row i's run in its group, from slot_start[g] on; the row of padding, and what does not fit,
+// gets the group's last slot. distinct[slot] = the row; padded.
+KERNEL void __launch_bounds__(THREADS) number_runs(
+    const uint32* __restrict__ rows, uint32 size, uint32 groups, uint32 chunks, const int64* __restrict__ row_start,
+    uint32 pad, const int* __restrict__ slot_start, const uint32* __restrict__ counts,
+    const uint32* __restrict__ totals, uint32* __restrict__ slots, int* __restrict__ distinct) {
+  const int lane = threadIdx.x % LANES;
+  const uint32 index = blockIdx.x * WARPS + threadIdx.x / LANES;
+  for (uint32 g = 0; g < groups; ++g) {
+    for (uint32 i = slot_start[g] + totals[g] + blockIdx.x * THREADS + threadIdx.x; i < uint32(slot_start[g + 1]);
+         i += gridDim.x * THREADS) {
+      distinct[i] = int(pad);
+    }
+  }
+  if (index >= groups * chunks) return;
+  const uint32 group = index / chunks, begin = group * size, first = uint32(row_start[group]), own_pad = first + pad;
+  const uint32 slot = slot_start[group], room = slot_start[group + 1] - slot - 1;
+  if (lane == 0 && index % chunks == 0) distinct[slot + room] = int(pad);
+  uint32 known = counts[index];
+  for (uint32 k = index % chunks * TILE; k < (index % chunks + 1) * TILE && k < size; k += LANES) {
+    const bool inside = k + lane < size;
+    const uint32 at = begin + k + lane, row = inside ? rows[at] : own_pad;
+    const bool head = inside && begins_run(rows, begin, at, own_pad);
+    const uint32 heads = __ballot_sync(ALL_LANES, head);
+    const uint32 number = known + __popc(heads & ((2u << lane) - 1)) - 1;
+    known += __popc(heads);
+    if (inside) slots[at] = slot + (row == own_pad || number >= room ? room : number);
+    if (head && number < room) distinct[slot + number] = int(row - first);
   }
 }

@@ -46,6 +46,11 @@ class PairLayout:
         own_pad: what fills up the lists of this rank's own rows.
         frequent_pad: [T] int32, what stands for a row that is not replicated, by table.
         frequent: H, replicated rows of all tables.
+        order: the ranks in the order of their chunks, this one last.
+        chunk_of: [W] int32, place of each rank in ``order``.
+        relay_row_start: [T] int64, for lists of what others exchange: the first number of each table's rows.
+        relay_pad: what fills such lists up: a number above all rows'.
+        total_rows: rows of the store, without the padding that lies behind them.
     """
 
     threshold: Array
@@ -59,13 +64,16 @@ class PairLayout:
     own_pad: int
     frequent_pad: Array
     frequent: int
+    order: tuple[int, ...]
+    chunk_of: Array
+    relay_row_start: Array
+    relay_pad: int
+    total_rows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairLists:
     """One batch's lists; arrays on the device.
-
-    Chunks of ``asked`` and ``given`` belong to the other ranks in their order, the last one to this rank itself.
 
     Attributes:
         capacities: C_o of each rank.
@@ -75,12 +83,15 @@ class PairLists:
         totals: [W, W] uint32: rows of owner o for rank r, whatever the capacity.
         flag: [1] int32: not 0 if a list ran over.
         asked: [sum C_o] int32: place ``b * F + place[t]`` in the vectors of each row that this rank gets; -1: none.
-        given: [W * C_rank] int32: store row of each row that a rank gets from this one; padded.
+        given: [W * C_rank] int32: store row of each row that a rank gets from this one; padded. Chunks of this and of
+            ``asked`` are in the layout's order.
         local: [B * F] int32: store row of a place whose row lies here; -1: it travels.
         frequent: [T * B] int32: keys whose rows are replicated, else ``frequent_pad``.
         own: [T * B] int32: row relative to ``own_start`` of keys whose rows this rank owns, else -1; may be empty:
             nobody asks.
         touched: [H] uint8: 1 for the replicated rows that the global batch looks up.
+        relay_start: [W, W] int32: where ``relay`` has the rows of owner o for rank r; -1: not there.
+        relay: int32: numbers of rows that other ranks exchange, ``relay_row_start`` and on; may be empty.
     """
 
     capacities: tuple[int, ...]
@@ -95,10 +106,20 @@ class PairLists:
     frequent: Array
     own: Array
     touched: Array
+    relay_start: Array
+    relay: Array
 
     @classmethod
     def create(
-        cls, device: Device, layout: PairLayout, rows: int, capacities: Sequence[int], *, own: bool
+        cls,
+        device: Device,
+        layout: PairLayout,
+        rows: int,
+        capacities: Sequence[int],
+        *,
+        own: bool,
+        relay_start: Array | None = None,
+        relay_size: int = 0,
     ) -> PairLists:
         """Allocate for batches of up to ``rows`` rows of each rank.
 
@@ -108,9 +129,10 @@ class PairLists:
             rows: most rows of one rank.
             capacities: C_o of each rank.
             own: whether ``own`` is asked for.
+            relay_start: [W, W] of the host; ``None``: no list of what others exchange.
+            relay_size: of these lists.
         """
-        ranks, rank, tables = layout.ranks, layout.rank, len(layout.threshold)
-        order = [other for other in range(ranks) if other != rank] + [rank]
+        ranks, rank, tables, order = layout.ranks, layout.rank, len(layout.threshold), layout.order
         begins = dict(zip(order, np.cumsum([0, *(capacities[o] for o in order)]).tolist(), strict=False))
         xp = device.xp
 
@@ -132,6 +154,8 @@ class PairLists:
             frequent=words(tables * rows),
             own=words(tables * rows if own else 0),
             touched=device.zeros(max(1, layout.frequent), np.uint8)[: layout.frequent],
+            relay_start=xp.asarray(np.full((ranks, ranks), -1, np.int32) if relay_start is None else relay_start),
+            relay=words(relay_size),
         )
 
 
@@ -179,7 +203,7 @@ def list_pairs(keys: Array, global_rows: int, layout: PairLayout, lists: PairLis
         global_rows: G.
         layout: of the tables.
         lists: after ``count_pairs``; everything else is written, of ``local``, ``frequent`` and ``own`` the places of
-            the batch's rows. ``touched`` has to be 0 before.
+            the batch's rows. ``touched`` has to be 0 before, ``relay`` all ``relay_pad``.
     """
     tables, ranks, rank = len(layout.threshold), layout.ranks, layout.rank
     keys = keys[: tables * global_rows].reshape(tables, global_rows).astype(np.int64)
@@ -194,11 +218,22 @@ def list_pairs(keys: Array, global_rows: int, layout: PairLayout, lists: PairLis
         share = slice(start_of(global_rows, ranks, other), start_of(global_rows, ranks, other + 1))
         found = np.nonzero(owners[:, share] == rank)
         rows = layout.own_start[found[0]] + beyond[:, share][found]
-        begin = _chunk(other, layout) * own_capacity
+        begin = int(layout.chunk_of[other]) * own_capacity
         kept = min(len(rows), own_capacity)
         lists.given[begin : begin + kept] = rows[:kept]
         if other == rank:
             _list_own(keys[:, share], owners[:, share], beyond[:, share], layout, lists)
+        if len(lists.relay):
+            _list_relay(other, owners[:, share], beyond[:, share], layout, lists)
+
+
+def _list_relay(other: int, owners: Array, beyond: Array, layout: PairLayout, lists: PairLists) -> None:
+    """What rank ``other`` gets of owners for whom this rank relays."""
+    for owner, start in enumerate(lists.relay_start[:, other].tolist()):
+        if start >= 0:
+            found = np.nonzero(owners == owner)
+            rows = (layout.relay_row_start[found[0]] + beyond[found])[: lists.capacities[owner]]
+            lists.relay[start : start + len(rows)] = rows
 
 
 def _list_own(keys: Array, owners: Array, beyond: Array, layout: PairLayout, lists: PairLists) -> None:
@@ -216,8 +251,3 @@ def _list_own(keys: Array, owners: Array, beyond: Array, layout: PairLayout, lis
     lists.frequent[: keys.size] = np.where(frequent, keys, layout.frequent_pad[:, None]).reshape(-1)
     if len(lists.own):
         lists.own[: keys.size] = np.where(mine, beyond, NOWHERE).reshape(-1)
-
-
-def _chunk(other: int, layout: PairLayout) -> int:
-    """Place of a rank's chunk in ``given``."""
-    return layout.ranks - 1 if other == layout.rank else other - (other > layout.rank)

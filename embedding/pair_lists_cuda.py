@@ -46,8 +46,9 @@ def list_pairs(keys: Any, global_rows: int, layout: PairLayout, lists: PairLists
         blocks, THREADS, keys, layout.threshold, layout.owner, layout.frequent_start, layout.own_start, layout.place,
         layout.frequent_pad, np.int32(layout.num_places), np.int32(ranks), _bits(ranks), np.int32(layout.rank),
         np.int32(layout.own_pad), np.int32(tables), np.uint32(global_rows), np.uint32(chunks), lists.capacity,
-        lists.asked_start, lists.counts, lists.totals, lists.asked, lists.given, lists.local, lists.frequent, lists.own,
-        np.int32(len(lists.own) > 0), lists.touched, shared_bytes=4 * _WARPS * ranks,
+        lists.asked_start, layout.chunk_of, lists.counts, lists.totals, lists.asked, lists.given, lists.local,
+        lists.frequent, lists.own, np.int32(len(lists.own) > 0), lists.touched, layout.relay_row_start,
+        lists.relay_start, lists.relay, np.int32(len(lists.relay) > 0), shared_bytes=4 * _WARPS * ranks,
     )  # fmt: skip
 
 

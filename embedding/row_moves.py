@@ -14,27 +14,35 @@ from embedding.sparse_optim import widened
 from embedding.wire import round_rows_reference
 
 
-def move_rows(source: Array, source_rows: Array, target: Array, target_rows: Array, scale: float = 1.0) -> None:
+def move_rows(
+    source: Array, source_rows: Array | None, target: Array, target_rows: Array | None, scale: float = 1.0
+) -> None:
     """``target[target_rows[i]] = scale * source[source_rows[i]]`` for every i; a negative number: not this one.
 
-    An empty list stands for 0, 1, 2, ... Numbers are rounded to the nearest; those that are finite but
+    ``None`` stands for 0, 1, 2, ... Numbers are rounded to the nearest; those that are finite but
     beyond float16 become its largest.
 
     Args:
         source: [N, D] C-contiguous float32, float16, or bfloat16 as uint16.
-        source_rows: [n] int32, or empty.
+        source_rows: [n] int32, or ``None``.
         target: [M, D] C-contiguous, of these types, too; other rows are left alone.
-        target_rows: [n] int32 without repetition, or empty.
+        target_rows: [n] int32 without repetition, or ``None``.
         scale: a power of two.
     """
-    number = len(source_rows) or len(target_rows) or min(len(source), len(target))
-    every = np.arange(number)
-    begin, end = (rows if len(rows) else every for rows in (source_rows, target_rows))
+    every = np.arange(listed_rows(source, source_rows, target, target_rows))
+    begin, end = (every if rows is None else rows for rows in (source_rows, target_rows))
     kept = (begin >= 0) & (end >= 0)
     values = source[begin[kept]]
     if source.dtype != target.dtype or scale != 1.0:
         values = _rounded(widened(values) * np.float32(scale), target.dtype)
     target[end[kept]] = values
+
+
+def listed_rows(source: Array, source_rows: Array | None, target: Array, target_rows: Array | None) -> int:
+    """How many rows are moved: as many as are listed, or as there are."""
+    if source_rows is not None:
+        return len(source_rows)
+    return min(len(source), len(target)) if target_rows is None else len(target_rows)
 
 
 def _rounded(values: Array, dtype: Any) -> Array:

@@ -9,6 +9,7 @@ import numpy as np
 
 from dlrm.errors import DeviceError
 from dlrm.nvrtc import c_type, load
+from embedding.row_moves import listed_rows
 
 SOURCE = Path(__file__).with_name("row_moves.cu")
 THREADS = 256
@@ -16,7 +17,7 @@ BLOCKS = 8
 """Blocks of a multiprocessor that walk the list."""
 
 
-def move_rows(source: Any, source_rows: Any, target: Any, target_rows: Any, scale: float = 1.0) -> None:
+def move_rows(source: Any, source_rows: Any | None, target: Any, target_rows: Any | None, scale: float = 1.0) -> None:
     """See ``row_moves.move_rows``.
 
     Raises:
@@ -25,13 +26,14 @@ def move_rows(source: Any, source_rows: Any, target: Any, target_rows: Any, scal
     dim = source.shape[1]
     if dim % 4:
         raise DeviceError(f"model.embedding_dim: {dim} is no multiple of 4, which the exchange between GPUs needs")
-    count = len(source_rows) or len(target_rows) or min(len(source), len(target))
+    count = listed_rows(source, source_rows, target, target_rows)
     if count == 0:
         return
     defines = (
-        ("DIM", dim), ("IN", c_type(source)), ("OUT", c_type(target)), ("FROM", int(len(source_rows) > 0)),
-        ("TO", int(len(target_rows) > 0)), ("SCALED", int(scale != 1.0)),
+        ("DIM", dim), ("IN", c_type(source)), ("OUT", c_type(target)), ("FROM", int(source_rows is not None)),
+        ("TO", int(target_rows is not None)), ("SCALED", int(scale != 1.0)),
     )  # fmt: skip
     kernel = load(SOURCE, "move_listed", defines)
     blocks = min(-(-count // THREADS), kernel.multiprocessors * BLOCKS)
-    kernel(blocks, THREADS, source, source_rows, target, target_rows, np.int64(count), np.float32(scale))
+    begin, end = (target if rows is None else rows for rows in (source_rows, target_rows))  # what is not read
+    kernel(blocks, THREADS, source, begin, target, end, np.int64(count), np.float32(scale))

@@ -22,6 +22,7 @@ CUDA_MODULES = (
     "embedding.pair_lists_cuda",
     "embedding.row_moves_cuda",
     "embedding.row_sort_cuda",
+    "embedding.runs_cuda",
     "embedding.sorted_update_cuda",
     "embedding.sparse_optim_cuda",
     "pipeline.score_groups_cuda",

@@ -75,9 +75,9 @@ class OnDevice:
         self._comm.progress()
 
 
-def captured(case: xc.ExchangeCase, comm: Any, device: CudaDevice) -> xc.Outcome:
+def captured(case: xc.ExchangeCase, comm: Any, device: CudaDevice, host: Any) -> xc.Outcome:
     """The same batches with every step but the first of each Flight replayed from a CUDA graph."""
-    trainer = xc.Trainer(case, comm, device)
+    trainer = xc.Trainer(case, comm, device, host)
     seen, graphs = [], {}
     for number in range(len(trainer.work)):
         buffers = trainer.upload(number)
@@ -106,13 +106,15 @@ def main() -> None:
     comm: Any = NcclComm(host, device.index) if carrier == "nccl" else StagedComm(host, device)
     comm_cases.run_all(OnDevice(comm, device))
     for case in xc.CASES:
-        outcome = xc.train(case, comm, device)
+        if host.size % case.nodes:
+            continue
+        outcome = xc.train(case, comm, device, host)
         xc.check(case, outcome, xc.run_alone(case), comm.rank, comm.size)
         assert (outcome.overflows > 0) == (case.short < 1)
     if carrier == "nccl":
         for number, kind in enumerate(("sgd", "adam")):
             case = replace(xc.CASES[0], seed=100 + number, kind=kind, dim=128, batches=(480,) * 8)
-            outcome = captured(case, comm, device)
+            outcome = captured(case, comm, device, host)
             xc.check(case, outcome, xc.run_alone(case), comm.rank, comm.size)
         comm.close()
         comm.close()

@@ -15,9 +15,11 @@ from dlrm.config import OptimizerConfig
 from dlrm.device import HostDevice
 from dlrm.errors import DeviceError
 from dlrm.scalars import NOT_FINITE, OVERFLOW, SIZE, write_guard, write_scalars
-from embedding import pair_lists_cuda, row_moves_cuda, sorted_update_cuda, sparse_optim_cuda
+from embedding import pair_lists_cuda, row_moves_cuda, runs_cuda, sorted_update_cuda, sparse_optim_cuda
 from embedding.pair_lists import PairLayout, PairLists, count_pairs, list_pairs
 from embedding.row_moves import move_rows
+from embedding.row_sort import RowSort, sort_rows
+from embedding.runs import Runs, UnitUpdate, number_runs, sum_runs
 from embedding.sorted_update import update_summed
 from embedding.sparse_optim import KINDS, constants, sgd_one_hot, state_specs
 from embedding.topology import share_of
@@ -45,12 +47,15 @@ def some_layout(rng: np.random.Generator, ranks: int, sizes: list[int], pads: bo
     threshold = np.where(owner >= 0, 0, (np.array(sizes) * rng.choice([0, 0.1, 1], tables)).astype(np.int64))
     start = np.cumsum(threshold) - threshold
     own_start = threshold.sum() + np.cumsum(sizes)
-    frequent = int(threshold.sum())
+    frequent, rank = int(threshold.sum()), int(rng.integers(ranks))
+    order = [*rng.permutation([other for other in range(ranks) if other != rank]).tolist(), rank]
     return PairLayout(
         threshold=threshold.astype(np.int64), owner=owner.astype(np.int32), frequent_start=start, own_start=own_start,
-        place=rng.permutation(tables + 1)[:tables].astype(np.int64), num_places=tables + 1, ranks=ranks,
-        rank=int(rng.integers(ranks)), own_pad=int(own_start[-1] + sizes[-1]) if pads else -1,
+        place=rng.permutation(tables + 1)[:tables].astype(np.int64), num_places=tables + 1, ranks=ranks, rank=rank,
+        own_pad=int(own_start[-1] + sizes[-1]) if pads else -1,
         frequent_pad=(frequent - start if pads else np.full(tables, -1)).astype(np.int32), frequent=frequent,
+        order=tuple(order), chunk_of=np.argsort(order).astype(np.int32), relay_row_start=np.cumsum(sizes) - sizes,
+        relay_pad=sum(sizes), total_rows=int(own_start[-1] + sizes[-1]),
     )  # fmt: skip
 
 
@@ -66,7 +71,15 @@ def test_lists(machine: Any, ranks: int, global_rows: int, room: float, rng: np.
     counting = PairLists.create(HOST, layout, rows, [0] * ranks, own=False)
     count_pairs(keys.reshape(-1), global_rows, layout, counting)
     capacities = np.ceil(counting.totals.max(axis=1) * room).astype(np.int64).tolist()
-    expected = PairLists.create(HOST, layout, rows, capacities, own=bool(rng.integers(2)))
+    relay, size = np.full((ranks, ranks), -1, np.int32), 0
+    for owner, asking in rng.integers(0, ranks, (4, 2)) if rng.integers(3) else ():
+        if relay[owner, asking] < 0:
+            relay[owner, asking] = size
+            size += capacities[owner]
+    expected = PairLists.create(
+        HOST, layout, rows, capacities, own=bool(rng.integers(2)), relay_start=relay, relay_size=size
+    )
+    expected.relay.fill(layout.relay_pad)
     poison = {"counts": 77, "totals": 77, "flag": 77, "asked": 77, "given": 77, "frequent": 77, "own": 77}
     found = on_machine(machine, expected, **poison)
     there, moved = on_machine(machine, layout), machine.array(keys.reshape(-1))
@@ -77,10 +90,47 @@ def test_lists(machine: Any, ranks: int, global_rows: int, room: float, rng: np.
     pair_lists_cuda.list_pairs(moved, global_rows, there, found)
     list_pairs(keys.reshape(-1), global_rows, layout, expected)
     mine = len(sizes) * share_of(global_rows, ranks, layout.rank)
-    for name in ("asked", "given", "local", "touched"):
+    for name in ("asked", "given", "local", "touched", "relay"):
         np.testing.assert_array_equal(machine.host(getattr(found, name)), getattr(expected, name), err_msg=name)
     for name in ("frequent", "own"):
         np.testing.assert_array_equal(machine.host(getattr(found, name))[:mine], getattr(expected, name)[:mine])
+
+
+@pytest.mark.parametrize(("groups", "size", "short"), [(1, 5, 0), (3, 1100, 0), (2, 700, 9), (7, 64, 0), (1, 1, 1)])
+def test_runs(machine: Any, groups: int, size: int, short: int, rng: np.random.Generator) -> None:
+    pad = int(rng.choice([1, 40, 5000]))
+    lists = rng.integers(0, pad + 1, (groups, size))
+    lists[0] = np.where(rng.random(size) < 0.9, 0, lists[0])
+    lists[-1, : size // 2] = pad
+    most = max(len(np.unique(own[own != pad])) for own in lists)
+    room = [max(0, most - short)] * groups
+    nothing = np.empty(0, np.int64), np.empty(0, np.float32)
+    sort = RowSort.create(HOST, groups * size, groups * (pad + 1), 8, weighted=False)
+    slots, flag = np.zeros(groups * size, np.uint32), np.zeros(1, np.int32)
+    expected = Runs.create(HOST, size, pad, room, slots, flag)
+    sort_rows(expected.row_start, lists.reshape(-1).astype(np.int32), *nothing, size, groups * (pad + 1), sort)
+    rows, named = sort.rows[sort.order], sort.named[sort.order]
+    found = on_machine(machine, expected, slots=77, distinct=77, totals=77, counts=77)
+    runs_cuda.number_runs(machine.array(rows), found)
+    number_runs(rows, expected)
+    assert machine.host(found.flag)[0] == expected.flag[0] == (most > room[0])
+    for name in ("slots", "distinct", "totals"):
+        np.testing.assert_array_equal(machine.host(getattr(found, name)), getattr(expected, name), err_msg=name)
+    # Every listed row is the one that its slot stands for.
+    kept = expected.distinct[slots] != pad
+    np.testing.assert_array_equal(expected.distinct[slots][kept], lists.reshape(-1)[named][kept])
+    # Sums by slot.
+    gradients = rng.standard_normal((groups * size, 8)).astype(np.float32)
+    sums, unit = np.zeros((len(expected.distinct), 8), np.float32), UnitUpdate.create(HOST)
+    moved = on_machine(machine, replace(sort, rows=(slots, slots)))
+    moved = replace(
+        moved, **{name: tuple(machine.array(x) for x in getattr(moved, name)) for name in ("rows", "named")}
+    )
+    there = machine.array(sums)
+    runs_cuda.sum_runs(machine.array(gradients), moved, there, on_machine(machine, unit))
+    sum_runs(gradients, replace(sort, rows=(slots, slots)), sums, unit)
+    real = expected.distinct != pad
+    np.testing.assert_allclose(machine.host(there)[real], sums[real], rtol=1e-4, atol=1e-4)
 
 
 def encode(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -102,12 +152,13 @@ def test_rows_are_moved(machine: Any, dim: int, source: str, target: str, rng: n
     where = {"from": rng.integers(-1, 500, count), "to": rng.permutation(600)[:count], "both": None}
     where["to"][rng.random(count) < 0.2] = -1
     for form in ("from", "to", "both"):
-        begin = np.empty(0, np.int32) if form == "to" else where["from"].astype(np.int32)
-        end = np.empty(0, np.int32) if form == "from" else where["to"].astype(np.int32)
+        begin = None if form == "to" else where["from"].astype(np.int32)
+        end = None if form == "from" else where["to"].astype(np.int32)
         scale = float(rng.choice([1.0, 4.0]))
         expected = encode(rng.standard_normal((600, dim)), target)
         found = machine.array(expected)
-        row_moves_cuda.move_rows(machine.array(rows), machine.array(begin), found, machine.array(end), scale)
+        lists = [None if places is None else machine.array(places) for places in (begin, end)]
+        row_moves_cuda.move_rows(machine.array(rows), lists[0], found, lists[1], scale)
         move_rows(rows, begin, expected, end, scale)
         got = machine.host(found)
         if target == "bfloat16":  # which no number a rounded NaN becomes is left open
@@ -173,9 +224,9 @@ def test_keys_below_zero_name_no_row(machine: Any, rng: np.random.Generator) -> 
 
 
 def test_rows_of_odd_width_are_refused() -> None:
-    rows, nothing = np.zeros((2, 6), np.float32), np.empty(0, np.int32)
+    rows = np.zeros((2, 6), np.float32)
     with pytest.raises(DeviceError, match="embedding_dim: 6"):
-        row_moves_cuda.move_rows(rows, nothing, rows.copy(), nothing)
+        row_moves_cuda.move_rows(rows, None, rows.copy(), None)
     with pytest.raises(DeviceError, match="embedding_dim: 6"):
         sorted_update_cuda.update_summed(
             "sgd", rows, [], rows.copy(), np.ones(2, np.uint8), np.zeros((1, 5), np.int64), rows, rows
@@ -197,7 +248,7 @@ class KernelDevice(HostDevice):
             return None
 
 
-@pytest.mark.parametrize(("number", "ranks"), [(0, 2), (4, 3), (7, 2), (8, 4), (9, 3), (10, 2)])
+@pytest.mark.parametrize(("number", "ranks"), [(0, 2), (4, 3), (7, 2), (8, 4), (9, 3), (10, 2), (11, 4), (12, 4)])
 def test_ranks_train_as_one(machine: Any, number: int, ranks: int) -> None:
     if not machine.emulated:
         pytest.skip("ranks that are threads exchange arrays of the host")

@@ -11,13 +11,13 @@ from dlrm.config import OptimizerConfig
 from dlrm.device import HostDevice
 from dlrm.scalars import OVERFLOW, SIZE, write_guard, write_scalars
 from embedding.captured_exchange import ExchangeBuffers, ExchangedEmbedding
-from embedding.captured_placement import owner_shares
+from embedding.captured_placement import node_rows, owner_shares
 from embedding.comm import SingleComm
 from embedding.hybrid import HybridEmbedding
 from embedding.jagged import Jagged
 from embedding.placement import Placement, Plan, TableSpec
 from embedding.sparse_optim import constants
-from embedding.topology import share_of, start_of
+from embedding.topology import discover, share_of, start_of
 
 LR = 0.1
 LOSS_SCALE = 64.0
@@ -36,6 +36,7 @@ class ExchangeCase:
     deterministic: bool = False
     precision: str = "fp32"
     first: int = 1
+    nodes: int = 1
     short: float = 1.0  # below 1: lists have room for this part of what is expected, and for nothing more
 
 
@@ -83,15 +84,21 @@ def arrays_of(shard: Any) -> dict[str, np.ndarray]:
 class Trainer:
     """One rank's tables and two batches in flight."""
 
-    def __init__(self, case: ExchangeCase, comm: Any, device: Any) -> None:
+    def __init__(self, case: ExchangeCase, comm: Any, device: Any, host: Any = None) -> None:
         self.case, self.comm, self.device = case, comm, device
         self.work, plan = draw(case), plan_of(case, comm.size)
         shares = owner_shares(plan, list(self.work[0][0]))
+        topology = discover(host or comm, case.nodes)
+        nodes = [topology.ranks_of(node) for node in range(case.nodes)]
+        if host is not None:  # groups that carry buffers of the device
+            inside = comm.split(topology.node, topology.local_rank)
+            topology = replace(topology, inside=inside, across=comm.split(topology.local_rank, topology.node))
         self.embedding = ExchangedEmbedding(
-            plan=plan, comm=comm, topology=None, device=device, optimizer=optimizer(case), table_dtype=np.float32,
-            seed=case.seed, first=case.first, deterministic=case.deterministic,
+            plan=plan, comm=comm, topology=topology, device=device, optimizer=optimizer(case),
+            table_dtype=np.float32, seed=case.seed, first=case.first, deterministic=case.deterministic,
             exchange_precision=case.precision, shares=shares * case.short,  # type: ignore[arg-type]
-            sigmas=10.0 if case.short == 1 else 0.0,
+            sigmas=10.0 if case.short == 1 else 0.0, hierarchical=case.nodes > 1,
+            distinct=node_rows(plan, self.work[0][0], nodes, 10.0 if case.short >= 1 else 0.0),
         )  # fmt: skip
         self.embedding.track_touched()
         self.guard = device.xp.asarray(write_guard(np.empty(SIZE, np.float32), LOSS_SCALE))
@@ -161,9 +168,9 @@ class Trainer:
         return self.embedding.shards()
 
 
-def train(case: ExchangeCase, comm: Any, device: Any = None) -> Outcome:
+def train(case: ExchangeCase, comm: Any, device: Any = None, host: Any = None) -> Outcome:
     """Run the batches; two are in flight, and a batch whose lists run over is run again with exact ones."""
-    trainer = Trainer(case, comm, device or HostDevice(compiled=False))
+    trainer = Trainer(case, comm, device or HostDevice(compiled=False), host)
     seen, overflows = [], 0
     trainer.upload(0)
     trainer.input_dist(0)
@@ -281,5 +288,8 @@ CASES = (
     ExchangeCase(seed=14, precision="bf16"),
     ExchangeCase(seed=15, kinds=("table_wise",) * 6),
     ExchangeCase(seed=16, kinds=("replicated",) * 6, first=0),
+    ExchangeCase(seed=18, nodes=2, dim=8),
+    ExchangeCase(seed=22, nodes=2, kind="adam", deterministic=True, precision="bf16"),
+    ExchangeCase(seed=26, nodes=2, short=0.4, kind="rowwise_adagrad"),
     ExchangeCase(seed=17, kinds=("row_wise",) * 6, batches=(2, 1, 2)),
 )  # fmt: skip

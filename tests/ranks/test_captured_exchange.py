@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import exchange_cases as xc
@@ -21,10 +22,26 @@ from embedding.placement import Placement, Plan, TableSpec
 
 @pytest.mark.parametrize("case", xc.CASES, ids=lambda case: f"{case.seed}-{case.kind}")
 def test_ranks_train_as_one(case: xc.ExchangeCase) -> None:
-    ranks = 2 + case.seed % 3
+    ranks = 2 + case.seed % 3 if case.nodes == 1 else 4
     outcomes = rank_threads.run_ranks(ranks, lambda comm: xc.train(case, comm))
     xc.check_all(case, outcomes)
     assert (outcomes[0].overflows > 0) == (case.short < 1)
+
+
+@pytest.mark.parametrize(("nodes", "ranks"), [(2, 4), (2, 8), (4, 8), (3, 3)])
+def test_exchange_by_nodes(nodes: int, ranks: int, seed: int) -> None:
+    case = xc.ExchangeCase(seed=seed, nodes=nodes, batches=(96, 96, 13, 96))
+    by_node = rank_threads.run_ranks(ranks, lambda comm: xc.train(case, comm))
+    flat = rank_threads.run_ranks(ranks, lambda comm: xc.train(replace(case, nodes=1), comm))
+    xc.check_all(case, by_node)
+    for one, other in zip(by_node, flat, strict=True):
+        np.testing.assert_array_equal(one.vectors[0], other.vectors[0])
+
+
+def test_nodes_of_different_sizes_are_refused() -> None:
+    case = xc.ExchangeCase(seed=1, nodes=2)
+    with pytest.raises(ConfigError, match="nodes of one size, not of 2, 1 ranks"):
+        rank_threads.run_ranks(3, lambda comm: xc.train(case, comm))
 
 
 def test_fresh_tables_and_batches(rng: np.random.Generator) -> None:
