@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from dlrm.config import RunConfig, parse_run_config
 from dlrm.errors import ConfigError
+from embedding.links import DEFAULT
 from pipeline import planning
 from pipeline.cli_plan import read_links
 from pipeline.dataset import Dataset, load_dataset
@@ -75,6 +76,30 @@ def test_what_the_config_forces_is_obeyed(dataset: Dataset) -> None:
     assert plan.placements[0].threshold == 7
     assert all(placement.deduplicate for placement in plan.placements)
     assert [spec.pooling for spec in plan.specs] == ["sum", "mean", "sum"]
+
+
+def test_a_table_without_pooling_counts_once_for_each_key(dataset: Dataset) -> None:
+    names = [table.name for table in dataset.tables]
+    apart = config_of(dataset, tables={names[2]: {"pooling": "concat"}})
+    known = planning.calibrate(apart, dataset)
+    plan = planning.plan_tables(apart, dataset.tables, ranks=4, calibration=known)
+    assert [spec.num_vectors for spec in plan.specs] == [1, 1, 3]
+    whole, pooled = (
+        planning.simulate(
+            config,
+            dataset.tables,
+            num_dense=2,
+            calibration=known,
+            links=DEFAULT,
+            ranks_per_node=8,
+            flops=1e12,
+            ranks=[8],
+        )[0]["dense_ms"]
+        for config in (apart, config_of(dataset))
+    )
+    # (8 + 15) -> 4 and (8 + 6) -> 4 inputs of the top MLP.
+    weights = {pairs: 3 * 8 + (8 + pairs + 1) * 4 + 5 for pairs in (15, 6)}
+    assert whole / pooled == pytest.approx(weights[15] / weights[6])
 
 
 def test_a_table_that_is_not_there_is_refused(dataset: Dataset) -> None:
