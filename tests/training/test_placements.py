@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.checkpoint import open_checkpoint
 from pipeline.dataset import load_dataset
+from pipeline.synthetic import SyntheticTable, generate
 
 HYBRID = {"tables": {name: {"placement": "hybrid", "threshold": rows} for name, rows in (("user", 7), ("item", 100))}}
 PLACEMENTS = {
@@ -104,3 +105,39 @@ def test_tables_beyond_the_memory_limit_are_refused_before_they_are_made(tiny_da
     messages = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(messages) == 1
     assert "'item'" in messages[0]
+
+
+@pytest.mark.ranks
+def test_tables_without_pooling_train_and_go_on_wherever_they_lie(tmp_path, run_values, run_engine):
+    """Each key of a bag is a feature of its own (``concat``), beside tables that are pooled."""
+    tables = [
+        SyntheticTable(rows=60, hotness=3),
+        SyntheticTable(rows=300, hotness=2),
+        SyntheticTable(rows=20, hotness=2),
+    ]
+    data = generate(tmp_path / "data", rows=420, tables=tables, num_dense=2, seed=3)
+    pooling = {"C1": {"pooling": "concat"}, "C2": {"pooling": "concat"}}
+    hybrid = {name: {**own, "placement": "hybrid", "threshold": 11} for name, own in pooling.items()}
+    sections = {"precision": "fp64", "data": {"batch_size": 33}, "optimizer": {"kind": "adagrad", "lr": 0.02}}
+    found = []
+    for directory, runs in (
+        ("alone", [(1, None, {"tables": pooling}, False)]),
+        (
+            "moved",
+            [
+                (2, 7, {"placement": "row_wise", "deduplicate": True, "tables": hybrid}, "always"),
+                (3, 13, {"placement": "column_wise", "tables": pooling}, False),
+                (2, None, {"placement": "table_wise", "tables": pooling}, False),
+            ],
+        ),
+    ):
+        for ranks, until, embedding, overlap in runs:
+            values = run_values(
+                data, directory, **sections, embedding=embedding, overlap={"train": overlap, "eval": overlap},
+                train={"max_steps": until},
+            )  # fmt: skip
+            code, errors = run_engine(values, ranks=ranks)
+            assert code == 0, errors
+        found.append(tensors_of(values["run"]["directory"]))
+    assert found[0]["top.0.weight"].shape == (16, 8 + 7 * 6 // 2)  # the bottom output, and pairs of 1 + 3 + 2 + 1
+    assert_close(found[1], found[0])
