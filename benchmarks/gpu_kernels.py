@@ -27,6 +27,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "peers")]
 
+from exchange_kernels import exchange_cases  # noqa: E402
 from step_operations import DenseStep, Operation  # noqa: E402
 
 from dlrm import interaction_cuda, loss_cuda, optim, optim_cuda  # noqa: E402
@@ -44,7 +45,7 @@ DIM, DENSE = 128, 13
 BOTTOM, TOP = (512, 256, 128), (1024, 1024, 512, 256, 1)
 DCN_HOTNESS = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
 FLUSH_BYTES = 256 << 20
-PARTS = ["step", "dense", "embedding"]
+PARTS = ["step", "dense", "embedding", "exchange"]
 FAST = "look-up and sgd, atomic additions"
 HALF, FLOAT = np.float16, np.float32
 
@@ -380,6 +381,13 @@ def run_all(options: argparse.Namespace) -> list[Figure]:
             law = f"power law {exponent}" if exponent else "uniform"
             if "step" in options.only:
                 figures += time_step(clock, rows, batch, exponent, law)
+                gc.collect()
+                cupy.get_default_memory_pool().free_all_blocks()
+            if "exchange" in options.only:
+                keys = draw_keys(np.random.default_rng(1), rows, [2 * batch] * len(rows), exponent)
+                cases = (Case(*timed) for timed in exchange_cases(rows, keys, batch, device))
+                figures += time_cases(clock, f"exchange of two ranks, batch {batch} each, {law}", cases)
+                del keys, cases
                 gc.collect()
                 cupy.get_default_memory_pool().free_all_blocks()
             shapes = {"one-hot": (1,) * 26, "DCNv2": DCN_HOTNESS}
