@@ -59,6 +59,28 @@ def batch_bytes(
     return {**sent, "grad_dist": sent["output_dist"].T.copy(), "all_reduce": np.full(ranks, reduced)}
 
 
+def capacity_bytes(plan: Plan, capacities: Sequence[int], *, exchange_itemsize: int) -> dict[str, Bytes]:
+    """Bytes of one step over lists of fixed capacity (``captured_exchange``), flat, whatever the batch's keys are.
+
+    Args:
+        plan: where rows lie.
+        capacities: [W] most rows that each rank sends to one other.
+        exchange_itemsize: bytes of a number of a vector between ranks; replicated rows' gradients are float32.
+
+    Returns:
+        By exchange [W], what each rank sends; keys do not travel.
+    """
+    others = np.asarray(capacities, np.int64)
+    row_bytes = plan.specs[0].dim * exchange_itemsize
+    replicated = 4 * sum(p.threshold * spec.dim for spec, p in zip(plan.specs, plan.placements, strict=True))
+    return {
+        "input_dist": np.zeros(plan.ranks, np.int64),
+        "output_dist": others * (plan.ranks - 1) * row_bytes,
+        "grad_dist": (others.sum() - others) * row_bytes,
+        "all_reduce": np.full(plan.ranks, ring_bytes(replicated, plan.ranks)),
+    }
+
+
 def ring_bytes(size: int, ranks: int) -> int:
     """Bytes that a rank sends in a ring's all-reduce of ``size`` bytes: 2 (W - 1) / W of them."""
     return round(2 * (ranks - 1) / ranks * size)

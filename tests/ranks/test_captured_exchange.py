@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import exchange_cases as xc
 import numpy as np
@@ -15,9 +16,13 @@ import rank_threads
 from dlrm.config import OptimizerConfig
 from dlrm.device import HostDevice
 from dlrm.errors import ConfigError
+from embedding.batch_cost import capacity_bytes
 from embedding.captured_exchange import ExchangedEmbedding
+from embedding.captured_placement import owner_shares, pair_capacities
 from embedding.comm import SingleComm
+from embedding.comm_counting import CountingComm
 from embedding.placement import Placement, Plan, TableSpec
+from embedding.topology import share_of
 
 
 @pytest.mark.parametrize("case", xc.CASES, ids=lambda case: f"{case.seed}-{case.kind}")
@@ -36,6 +41,36 @@ def test_exchange_by_nodes(nodes: int, ranks: int, seed: int) -> None:
     xc.check_all(case, by_node)
     for one, other in zip(by_node, flat, strict=True):
         np.testing.assert_array_equal(one.vectors[0], other.vectors[0])
+
+
+@pytest.mark.parametrize(("ranks", "precision"), [(2, "fp32"), (4, "fp32"), (4, "bf16")])
+def test_bytes_are_those_of_the_capacities(ranks: int, precision: str, seed: int) -> None:
+    """What the formula says, what the tables say and what reached the carrier, even where lists run over."""
+    case = xc.ExchangeCase(seed=seed, precision=precision)
+    capacities = pair_capacities(
+        xc.plan_of(case, ranks),
+        share_of(48, ranks, 0),
+        owner_shares(xc.plan_of(case, ranks), list(xc.draw(case)[0][0])),
+    )
+    itemsize = 4 if precision == "fp32" else 2
+    expected = capacity_bytes(xc.plan_of(case, ranks), capacities, exchange_itemsize=itemsize)
+
+    def work(comm: Any) -> tuple[list[int], dict[str, int]]:
+        counting = CountingComm(comm, [0] * comm.size)
+        trainer = xc.Trainer(case, counting, HostDevice(compiled=False))
+        sent = []
+        for number in range(2):
+            buffers = trainer.upload(number)
+            trainer.input_dist(number)
+            trainer.set_up(number)
+            counting.traffic.clear()
+            trainer.step(buffers)
+            sent.append(counting.traffic.bytes_inside)
+        return sent, trainer.embedding.bytes_sent(buffers)
+
+    for rank, (sent, told) in enumerate(rank_threads.run_ranks(ranks, work)):
+        assert told == {name: int(values[rank]) for name, values in expected.items()}
+        assert sent == [sum(told.values())] * 2
 
 
 def test_nodes_of_different_sizes_are_refused() -> None:
