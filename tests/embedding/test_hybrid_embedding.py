@@ -154,8 +154,9 @@ def test_two_nodes_give_what_one_gives(seed: int) -> None:
 def test_16_bit_exchange_errs_within_its_bounds(kind: str, precision: str, relative: float, seed: int) -> None:
     """SGD, one key a bag, rate 0.1: a vector is rounded once, a row's gradient once per rank that looked it up."""
     case = replace(
-        MIXED, seed=seed, kinds=(kind,), kind="sgd", hotness=1, dtype="float32", batches=(30,), precision=precision
-    )
+        MIXED, seed=seed, kinds=(kind,), kind="sgd", hotness=1, dtype="float32", batches=(30,), precision=precision,
+        poolings=("sum", "concat", "mean"),
+    )  # fmt: skip
     ranks = 3
     outcomes = rank_threads.run_ranks(ranks, lambda comm: hc.train(case, comm))
     alone = hc.run_alone(replace(case, precision="fp32"))
