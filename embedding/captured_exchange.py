@@ -75,7 +75,7 @@ class ExchangedEmbedding:
         Args:
             plan: placements of all tables on ``comm.size`` ranks.
             comm: the ranks.
-            topology: their nodes.
+            topology: their nodes; ``None``: not known.
             device: holds this rank's part.
             optimizer: of the tables.
             table_dtype: float32, float16 or bfloat16 (uint16).
@@ -101,7 +101,8 @@ class ExchangedEmbedding:
         self._precision, self._shares, self._sigmas = exchange_precision, shares, sigmas
         self._dim = plan.specs[0].dim
         self._distinct = distinct
-        self._nodes = None if not hierarchical or topology is None else Nodes.of(topology)
+        assert topology is not None or not hierarchical, "nodes have to be known"
+        self._nodes = Nodes.of(topology) if hierarchical and topology is not None else None
         others = [rank for rank in range(comm.size) if rank != comm.rank]
         order = (*others, comm.rank) if self._nodes is None else self._nodes.order
         adds = optimizer.kind == "sgd" and np.dtype(table_dtype) == np.float32 and not deterministic

@@ -136,7 +136,8 @@ class NcclComm:
     def close(self) -> None:
         """Destroy the communicator and those split from it; collective, behind all work of the device.
 
-        Harmless to call twice. A process that fails must not call it: it would wait for ranks that do not come.
+        Graphs that captured collectives have to be gone before: NCCL waits for them. Harmless to call twice. A process
+        that fails must not call it: it would wait for ranks that do not come.
         """
         if self._comm is None:
             return

@@ -261,11 +261,11 @@ def _measure(comm: Comm, prepare: Prepare, *, starts: int) -> Link:
         prepare: the collective; a rank without peers only takes part in the timing.
         starts: start-ups of a message that the small run's time is made of.
     """
-    small = _seconds(comm, prepare(_SMALL_BYTES)[0])
+    small = median_seconds(comm, prepare(_SMALL_BYTES)[0])
     size = _FIRST_LARGE_BYTES
     while True:
         run, moved = prepare(size)
-        large = _seconds(comm, run)
+        large = median_seconds(comm, run)
         if large >= _LONG_ENOUGH_S or size >= _LAST_LARGE_BYTES:
             break
         size *= 4
@@ -273,7 +273,7 @@ def _measure(comm: Comm, prepare: Prepare, *, starts: int) -> Link:
     return Link(moved / max(large - small, large / 10, 1e-9), small / starts)
 
 
-def _seconds(comm: Comm, run: Callable[[], None]) -> float:
+def median_seconds(comm: Comm, run: Callable[[], None]) -> float:
     """Median over the runs of the slowest rank's time; the same on every rank."""
     run()
     times = np.empty(_REPEATS)
@@ -305,4 +305,6 @@ def _measure_work(comm: Comm, device: Device) -> WorkRates:
     def deduplicate() -> None:
         route_keys(keys, no_offsets, len(keys), layout, slots, ids, destination, device=device)
 
-    return WorkRates(out.nbytes / max(_seconds(comm, gather), 1e-9), _seconds(comm, deduplicate) / len(keys))
+    return WorkRates(
+        out.nbytes / max(median_seconds(comm, gather), 1e-9), median_seconds(comm, deduplicate) / len(keys)
+    )

@@ -22,6 +22,8 @@ from dlrm.errors import CommError
 from embedding.comm import SingleComm
 from embedding.comm_staged import StagedComm
 from embedding.comm_watch import Watch
+from embedding.device_links import probe_device
+from embedding.topology import discover
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
@@ -37,6 +39,25 @@ def test_tables_over_staged_buffers() -> None:
         return xc.train(case, StagedComm(comm, device), device)
 
     xc.check_all(case, rank_threads.run_ranks(3, train))
+
+
+@pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (2, 1), (4, 2), (3, 2), (2, 2)])
+def test_every_rank_gets_the_same_rates_of_the_device(ranks: int, nodes: int) -> None:
+    device = HostDevice(compiled=False)
+
+    def measure(comm: Any) -> Any:
+        return probe_device(
+            StagedComm(comm, device), comm, discover(comm, nodes), device, large_bytes=1 << 16, work_rows=4096
+        )
+
+    rates = rank_threads.run_ranks(ranks, measure)
+    assert all(rate == rates[0] for rate in rates)
+    assert rates[0].work.rows_bytes_per_s > 1e6
+    if ranks > 1:
+        assert rates[0].source == "measured on the device"
+        assert 1 < rates[0].inside.bytes_per_s < 1e12
+        assert 1 < rates[0].across.bytes_per_s < 1e12
+        assert rates[0].inside_reduce == rates[0].across_reduce
 
 
 class NcclError(RuntimeError):
