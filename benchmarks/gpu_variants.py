@@ -36,6 +36,7 @@ POOL = [
 """Changes of ``lookup_cuda.POOL``."""
 SUM = [
     {},
+    {"CACHED": 0},
     {"SUM_BLOCKS": 2},
     {"SUM_BLOCKS": 4},
     {"MOST_AHEAD": 4, "SUM_BLOCKS": 4},

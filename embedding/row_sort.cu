@@ -1,11 +1,12 @@
 // Sort the rows that a batch names, each with where it was named: the kernels of row_sort_cuda.py, reference in
 // row_sort.py.
 //
-// Shapes: T tables, B bags a table, K keys. Macros: KEY: type of the keys; WEIGHTED: 1 if keys have weights; BITS: of a
-// digit, at most 9.
+// Shapes: T tables, B bags a table, K keys. Macros: KEY: type of the keys; BAGS: 1 if there are offsets; WEIGHTED: 1 if
+// keys have weights; BITS: of a digit, at most 9.
 //
 // A stable radix sort, lowest digit first, in three launches a digit: count the digits of every tile, add the counts up
-// over the tiles, move. Nothing waits for another block, and how many keys there are is read on the device.
+// over the tiles, move. For the first digit the rows are made of the keys as these are read, so that the batch is never
+// written in its own order. Nothing waits for another block, and how many keys there are is read on the device.
 #include "dlrm/kernels.cuh"
 
 #define THREADS 256
@@ -24,102 +25,70 @@ DEVICE void begin_sort(uint32* info, uint32 count) {
   info[LONG_RUNS] = 0;
 }
 
-// rows[k] = row_start[t] + keys[k], named[k] = k, for one key a bag.
-KERNEL void __launch_bounds__(THREADS) name_rows(
-    const int64* __restrict__ row_start, const KEY* __restrict__ keys, uint32 num_keys, uint32 num_rows,
-    uint32* __restrict__ rows, uint32* __restrict__ named, uint32* __restrict__ info) {
-  const uint32 k = blockIdx.x * THREADS + threadIdx.x;
-  if (k == 0) begin_sort(info, num_keys);
-  if (k < num_keys) {
-    rows[k] = uint32(row_start[k / num_rows] + keys[k]);
-    named[k] = k;
-  }
-}
-
-// The first place in offsets[0 .. count) with more than k, or count; the whole warp searches.
-DEVICE uint32 first_beyond(const int64* offsets, uint32 count, int64 k) {
-  const uint32 lane = threadIdx.x % LANES;
-  uint32 low = 0, high = count;
+// The last table whose keys begin at k or before.
+DEVICE int table_at(const int64* offsets, uint32 num_rows, int num_tables, int64 k) {
+  int low = 0, high = num_tables - 1;
   while (low < high) {
-    const uint32 step = (high - low + LANES - 1) / LANES;
-    const uint32 probe = low + lane * step;
-    const uint32 before = __popc(__ballot_sync(ALL_LANES, probe < high && offsets[probe] <= k));
-    const uint32 end = low + before * step;
-    if (before > 0) low += (before - 1) * step + 1;
-    high = end < high ? end : high;
+    const int middle = (low + high + 1) / 2;
+    if (offsets[int64(middle) * num_rows] <= k) low = middle;
+    else high = middle - 1;
   }
   return low;
 }
 
-// The same for bags: named[k] is the bag, or with weights the key itself, whose bag is bags[k].
-KERNEL void __launch_bounds__(THREADS) name_bags(
-    const int64* __restrict__ row_start, const KEY* __restrict__ keys, const int64* __restrict__ offsets,
-    uint32 num_rows, uint32 num_bags, uint32* __restrict__ rows, uint32* __restrict__ named,
-    uint32* __restrict__ bags, uint32* __restrict__ info) {
-  SHARED uint32 range[2];
-  const int64 count = offsets[num_bags];
-  const int64 begin = int64(blockIdx.x) * TILE;
-  if (blockIdx.x == 0 && threadIdx.x == 0) begin_sort(info, uint32(count));
-  if (begin >= count) return;
-  const int64 end = begin + TILE < count ? begin + TILE : count;
-  const int warp = threadIdx.x / LANES;
-  if (warp < 2) {
-    const uint32 found = first_beyond(offsets, num_bags + 1, warp == 0 ? begin : end - 1) - 1;
-    if (threadIdx.x % LANES == 0) range[warp] = found;
-  }
-  __syncthreads();
-  for (int64 k = begin + threadIdx.x; k < end; k += THREADS) {
-    uint32 low = range[0], high = range[1];  // the bag is the last one that begins at k or before
-    while (low < high) {
-      const uint32 middle = low + (high - low + 1) / 2;
-      if (offsets[middle] <= k) low = middle;
-      else high = middle - 1;
-    }
-    rows[k] = uint32(row_start[low / num_rows] + keys[k]);
-    named[k] = WEIGHTED ? uint32(k) : low;
-    if (WEIGHTED) bags[k] = low;
-  }
+DEVICE uint32 keys_of_batch(const int64* offsets, uint32 num_keys, uint32 num_rows, int num_tables) {
+  return BAGS ? uint32(offsets[int64(num_tables) * num_rows]) : num_keys;
 }
-
-#ifdef BAGS
 
 // touched[row] = 1 for every row that a key names; one below 0 names none.
 KERNEL void __launch_bounds__(THREADS) mark_touched(
     const int64* __restrict__ row_start, const KEY* __restrict__ keys, const int64* __restrict__ offsets,
     uint32 num_keys, uint32 num_rows, int num_tables, unsigned char* __restrict__ touched) {
   const uint32 k = blockIdx.x * THREADS + threadIdx.x;
-  if (k >= num_keys) return;
-  int table = int(k / num_rows);
-  if (BAGS) {
-    if (k >= offsets[int64(num_tables) * num_rows]) return;
-    int low = 0, high = num_tables - 1;  // the table is the last one that begins at k or before
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (offsets[int64(middle) * num_rows] <= k) low = middle;
-      else high = middle - 1;
-    }
-    table = low;
-  }
+  if (k >= num_keys || k >= keys_of_batch(offsets, num_keys, num_rows, num_tables)) return;
+  const int table = BAGS ? table_at(offsets, num_rows, num_tables, k) : int(k / num_rows);
   if (keys[k] >= 0) touched[row_start[table] + keys[k]] = 1;
 }
 
-#endif  // BAGS
-
-// counts[digit, tile] = how many keys of the tile have the digit.
-KERNEL void __launch_bounds__(THREADS) count_digits(
-    const uint32* __restrict__ rows, int shift, uint32 tiles, uint32* __restrict__ counts,
-    const uint32* __restrict__ info) {
+// Count the digits of a tile: counts[digit, tile].
+template <typename RowOf>
+DEVICE void count_tile(const RowOf& row_of, int shift, uint32 count, uint32 tiles, uint32* counts) {
   SHARED uint32 own[BINS];
   for (int digit = threadIdx.x; digit < BINS; digit += THREADS) own[digit] = 0;
   __syncthreads();
-  const uint32 begin = blockIdx.x * TILE, count = info[COUNT];
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
-    const uint32 k = begin + round * THREADS + threadIdx.x;
-    if (k < count) atomicAdd(&own[rows[k] >> shift & (BINS - 1)], 1u);
+    const uint32 k = blockIdx.x * TILE + round * THREADS + threadIdx.x;
+    if (k < count) atomicAdd(&own[row_of(k) >> shift & (BINS - 1)], 1u);
   }
   __syncthreads();
   for (int digit = threadIdx.x; digit < BINS; digit += THREADS) counts[digit * tiles + blockIdx.x] = own[digit];
+}
+
+// The first digit, of rows that are still keys; begins the sort.
+KERNEL void __launch_bounds__(THREADS) count_first(
+    const int64* __restrict__ row_start, const KEY* __restrict__ keys, const int64* __restrict__ offsets,
+    uint32 num_keys, uint32 num_rows, int num_tables, uint32 tiles, uint32* __restrict__ counts,
+    uint32* __restrict__ info) {
+  const uint32 count = keys_of_batch(offsets, num_keys, num_rows, num_tables), begin = blockIdx.x * TILE;
+  if (blockIdx.x == 0 && threadIdx.x == 0) begin_sort(info, count);
+  const uint32 last = count - begin < TILE ? count - 1 : begin + TILE - 1;
+  const int low = BAGS && begin < count ? table_at(offsets, num_rows, num_tables, begin) : 0;
+  const int high = BAGS && begin < count ? table_at(offsets, num_rows, num_tables, last) : 0;
+  const int64 start = row_start[low];
+  const auto row_of = [&](uint32 k) {
+    if (!BAGS) return uint32(row_start[k / num_rows] + keys[k]);
+    if (low == high) return uint32(start + keys[k]);  // most tiles lie in one table
+    return uint32(row_start[table_at(offsets, num_rows, num_tables, k)] + keys[k]);
+  };
+  count_tile(row_of, 0, count, tiles, counts);
+}
+
+// Any other digit.
+KERNEL void __launch_bounds__(THREADS) count_digits(
+    const uint32* __restrict__ rows, int shift, uint32 tiles, uint32* __restrict__ counts,
+    const uint32* __restrict__ info) {
+  count_tile([&](uint32 k) { return rows[k]; }, shift, info[COUNT], tiles, counts);
 }
 
 // Sums of what threads before this one have; `total`: of all. Every thread of the block calls it.
@@ -148,42 +117,47 @@ DEVICE uint32 sum_before(uint32 value, uint32& total) {
 // counts[digit, tile] becomes the sum over the tiles before it, totals[digit] that over all; a block a digit.
 KERNEL void __launch_bounds__(THREADS) add_counts(
     uint32* __restrict__ counts, uint32 tiles, uint32* __restrict__ totals) {
+  constexpr int PER = 4;  // tiles of a thread
   uint32* own = counts + blockIdx.x * tiles;
   uint32 carried = 0;
-  for (uint32 begin = 0; begin < tiles; begin += THREADS) {
-    const uint32 tile = begin + threadIdx.x;
-    uint32 total;
-    const uint32 before = sum_before(tile < tiles ? own[tile] : 0, total);
-    if (tile < tiles) own[tile] = carried + before;
+  for (uint32 begin = 0; begin < tiles; begin += THREADS * PER) {
+    const uint32 first = begin + threadIdx.x * PER;
+    uint32 value[PER], sum = 0, total;
+#pragma unroll
+    for (int i = 0; i < PER; ++i) value[i] = first + i < tiles ? own[first + i] : 0;
+#pragma unroll
+    for (int i = 0; i < PER; ++i) sum += value[i];
+    uint32 before = carried + sum_before(sum, total);
+#pragma unroll
+    for (int i = 0; i < PER; ++i) {
+      if (first + i < tiles) own[first + i] = before;
+      before += value[i];
+    }
     carried += total;
   }
   if (threadIdx.x == 0) totals[blockIdx.x] = carried;
 }
 
-// Move the keys of every tile to their places in the order of the digit.
-KERNEL void __launch_bounds__(THREADS) move_rows(
-    const uint32* __restrict__ rows, const uint32* __restrict__ named, int shift, uint32 tiles,
-    const uint32* __restrict__ counts, const uint32* __restrict__ totals, uint32* __restrict__ rows_out,
-    uint32* __restrict__ named_out, const uint32* __restrict__ info) {
+// Where a thread's key of a round lies in its tile.
+DEVICE uint32 place_in_tile(int round) {
+  return threadIdx.x / LANES * LANES * ROUNDS + round * LANES + threadIdx.x % LANES;
+}
+
+// Move the keys of a tile to their places in the order of the digit. `row` is a thread's, 0xffffffff behind the last
+// key, so that it stays behind all others; named_of(round) is what named it.
+template <typename NamedOf>
+DEVICE void move_tile(
+    const uint32 (&row)[ROUNDS], const NamedOf& named_of, int shift, uint32 here, uint32 tiles, const uint32* counts,
+    const uint32* totals, uint32* rows_out, uint32* named_out) {
   constexpr int PER = BINS > THREADS ? BINS / THREADS : 1;  // digits that a thread looks after
-  SHARED uint32 before[WARPS][BINS];  // keys of the digit that a warp has, then those of the warps before it
+  SHARED uint16 before[WARPS][BINS];  // keys of the digit that a warp has, then those of the warps before it
   SHARED uint32 local[BINS];          // where the digit begins in the tile
   SHARED uint32 distance[BINS];       // from there to where it begins in the output
   SHARED uint32 staged[TILE];
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-  const uint32 begin = blockIdx.x * TILE, count = info[COUNT];
-  if (begin >= count) return;
-  const uint32 here = count - begin < TILE ? count - begin : TILE;
-
   for (int item = threadIdx.x; item < WARPS * BINS; item += THREADS) before[item / BINS][item % BINS] = 0;
   __syncthreads();
-  uint32 row[ROUNDS], rank[ROUNDS];
-#pragma unroll
-  for (int round = 0; round < ROUNDS; ++round) {
-    const uint32 k = warp * LANES * ROUNDS + round * LANES + lane;
-    // Behind the last key: the highest digit, so that it stays behind all others.
-    row[round] = k < here ? rows[begin + k] : 0xffffffffu;
-  }
+  uint32 rank[ROUNDS];
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
     const uint32 digit = row[round] >> shift & (BINS - 1);
@@ -192,7 +166,7 @@ KERNEL void __launch_bounds__(THREADS) move_rows(
     const uint32 known = before[warp][digit];
     rank[round] = known + __popc(lower);
     __syncwarp();
-    if (lower == 0) before[warp][digit] = known + __popc(alike);
+    if (lower == 0) before[warp][digit] = uint16(known + __popc(alike));
     __syncwarp();
   }
   __syncthreads();
@@ -207,7 +181,7 @@ KERNEL void __launch_bounds__(THREADS) move_rows(
       uint32 of_warps = 0;
       for (int w = 0; w < WARPS; ++w) {
         const uint32 own = before[w][digit];
-        before[w][digit] = of_warps;
+        before[w][digit] = uint16(of_warps);
         of_warps += own;
       }
       sum += of_warps;
@@ -243,14 +217,115 @@ KERNEL void __launch_bounds__(THREADS) move_rows(
   }
   __syncthreads();
 #pragma unroll
-  for (int round = 0; round < ROUNDS; ++round) {
-    const uint32 k = warp * LANES * ROUNDS + round * LANES + lane;
-    staged[rank[round]] = k < here ? named[begin + k] : 0;
-  }
+  for (int round = 0; round < ROUNDS; ++round) staged[rank[round]] = place_in_tile(round) < here ? named_of(round) : 0;
   __syncthreads();
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
     const uint32 at = round * THREADS + threadIdx.x;
     if (at < here) named_out[target[round]] = staged[at];
   }
+}
+
+KERNEL void __launch_bounds__(THREADS) move_rows(
+    const uint32* __restrict__ rows, const uint32* __restrict__ named, int shift, uint32 tiles,
+    const uint32* __restrict__ counts, const uint32* __restrict__ totals, uint32* __restrict__ rows_out,
+    uint32* __restrict__ named_out, const uint32* __restrict__ info) {
+  const uint32 begin = blockIdx.x * TILE, count = info[COUNT];
+  if (begin >= count) return;
+  const uint32 here = count - begin < TILE ? count - begin : TILE;
+  uint32 row[ROUNDS];
+#pragma unroll
+  for (int round = 0; round < ROUNDS; ++round) {
+    const uint32 k = place_in_tile(round);
+    row[round] = k < here ? rows[begin + k] : 0xffffffffu;
+  }
+  const auto named_of = [&](int round) { return named[begin + place_in_tile(round)]; };
+  move_tile(row, named_of, shift, here, tiles, counts, totals, rows_out, named_out);
+}
+
+// The first place in offsets[0 .. count) with more than k, or count; the whole warp searches.
+DEVICE uint32 first_beyond(const int64* offsets, uint32 count, int64 k) {
+  const uint32 lane = threadIdx.x % LANES;
+  uint32 low = 0, high = count;
+  while (low < high) {
+    const uint32 step = (high - low + LANES - 1) / LANES;
+    const uint32 probe = low + lane * step;
+    const uint32 before = __popc(__ballot_sync(ALL_LANES, probe < high && offsets[probe] <= k));
+    const uint32 end = low + before * step;
+    if (before > 0) low += (before - 1) * step + 1;
+    high = end < high ? end : high;
+  }
+  return low;
+}
+
+// bag_of[k] = the bag of the tile's key k: every bag leaves its number where it begins, and the keys behind take it over.
+DEVICE void find_bags(const int64* offsets, uint32 num_bags, uint32 begin, uint32 here, uint32 (&bag_of)[TILE]) {
+  SHARED uint32 range[2], of_warp[WARPS];
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  for (int k = threadIdx.x; k < TILE; k += THREADS) bag_of[k] = 0;
+  if (warp < 2) {
+    const uint32 found = first_beyond(offsets, num_bags + 1, int64(begin) + (warp == 0 ? 0 : here - 1)) - 1;
+    if (lane == 0) range[warp] = found;
+  }
+  __syncthreads();
+  for (uint32 bag = range[0] + threadIdx.x; bag <= range[1]; bag += THREADS) {
+    const int64 first = offsets[bag];
+    if (first > begin && offsets[bag + 1] > first) bag_of[first - begin] = bag;
+  }
+  __syncthreads();
+  uint32 latest = range[0];
+#pragma unroll 1
+  for (int round = 0; round < ROUNDS; ++round) {
+    const uint32 k = place_in_tile(round);
+    uint32 bag = bag_of[k];
+#pragma unroll
+    for (int distance = 1; distance < LANES; distance *= 2) {
+      const uint32 left = __shfl_up_sync(ALL_LANES, bag, distance);
+      if (lane >= distance && left > bag) bag = left;
+    }
+    if (bag < latest) bag = latest;
+    bag_of[k] = bag;
+    latest = __shfl_sync(ALL_LANES, bag, LANES - 1);
+  }
+  if (lane == 0) of_warp[warp] = latest;
+  __syncthreads();
+  latest = range[0];
+  for (int w = 0; w < warp; ++w) latest = of_warp[w] > latest ? of_warp[w] : latest;
+#pragma unroll 1
+  for (int round = 0; round < ROUNDS; ++round) {
+    const uint32 k = place_in_tile(round);
+    if (bag_of[k] < latest) bag_of[k] = latest;
+  }
+}
+
+// The first digit: rows are made of keys, and what named them is the bag, or with weights the key itself, whose bag is
+// bags[k]; without bags it is the key too.
+KERNEL void __launch_bounds__(THREADS) move_first(
+    const int64* __restrict__ row_start, const KEY* __restrict__ keys, const int64* __restrict__ offsets,
+    uint32 num_rows, uint32 num_bags, uint32 tiles, const uint32* __restrict__ counts,
+    const uint32* __restrict__ totals, uint32* __restrict__ rows_out, uint32* __restrict__ named_out,
+    uint32* __restrict__ bags, const uint32* __restrict__ info) {
+  SHARED uint32 bag_of[BAGS ? TILE : 1];
+  const uint32 begin = blockIdx.x * TILE, count = info[COUNT];
+  if (begin >= count) return;
+  const uint32 here = count - begin < TILE ? count - begin : TILE;
+#if BAGS
+  find_bags(offsets, num_bags, begin, here, bag_of);
+#endif
+  uint32 row[ROUNDS];
+#pragma unroll
+  for (int round = 0; round < ROUNDS; ++round) {
+    const uint32 k = place_in_tile(round);
+    row[round] = 0xffffffffu;
+    if (k < here) {
+      const uint32 bag = BAGS ? bag_of[k] : begin + k;
+      row[round] = uint32(row_start[bag / num_rows] + keys[begin + k]);
+      if (WEIGHTED) bags[begin + k] = bag;
+    }
+  }
+  const auto named_of = [&](int round) {
+    const uint32 k = place_in_tile(round);
+    return BAGS && !WEIGHTED ? bag_of[k] : begin + k;
+  };
+  move_tile(row, named_of, 0, here, tiles, counts, totals, rows_out, named_out);
 }

@@ -33,29 +33,29 @@ def sort_rows(
         sort.info.fill(0)
         return
     digits, bits = digits_of(num_table_rows)
-    defines = (("KEY", c_type(keys)), ("WEIGHTED", int(len(key_weights) > 0)), ("BITS", bits))
+    bags, weighted = int(len(offsets) > 0), int(len(key_weights) > 0)
+    defines = (("KEY", c_type(keys)), ("BAGS", bags), ("WEIGHTED", weighted), ("BITS", bits))
     tiles = -(-num_keys // TILE)
-    if len(offsets):
-        shape = (np.uint32(num_rows), np.uint32(num_bags))
-        load(SOURCE, "name_bags", defines)(
-            tiles, THREADS, row_start, keys, offsets, *shape, sort.rows[0], sort.named[0], sort.bags, sort.info
-        )
-    else:
-        shape = (np.uint32(num_keys), np.uint32(num_rows))
-        load(SOURCE, "name_rows", defines)(
-            -(-num_keys // THREADS), THREADS, row_start, keys, *shape, sort.rows[0], sort.named[0], sort.info
-        )
-    sort_pairs(sort.rows, sort.named, num_keys, digits, sort.counts, sort.totals, sort.info, defines)
+    named, batch = (row_start, keys, offsets), (np.uint32(num_rows), np.uint32(num_bags))
+    shape = (np.uint32(num_keys), np.uint32(num_rows), np.int32(len(row_start)), np.uint32(tiles))
+    load(SOURCE, "count_first", defines)(tiles, THREADS, *named, *shape, sort.counts, sort.info)
+    add_counts(1 << bits, tiles, sort.counts, sort.totals, defines)
+    load(SOURCE, "move_first", defines)(
+        tiles, THREADS, *named, *batch, np.uint32(tiles), sort.counts, sort.totals, sort.rows[1], sort.named[1],
+        sort.bags, sort.info,
+    )  # fmt: skip
+    sort_pairs(sort.rows, sort.named, num_keys, digits, sort.counts, sort.totals, sort.info, defines, first=1)
 
 
 def sort_pairs(
     rows: tuple[Any, Any], named: tuple[Any, Any], num_keys: int, digits: int, counts: Any, totals: Any, info: Any,
-    defines: Defines,
+    defines: Defines, first: int = 0,
 ) -> None:  # fmt: skip
     """Bring pairs (row, name) into the order of the rows; pairs of one row keep their order.
 
     Args:
-        rows: two of [num_keys or more] uint32; the first holds the rows, the one at ``digits % 2`` gets them sorted.
+        rows: two of [num_keys or more] uint32; the one at ``first % 2`` holds the rows, the one at ``digits % 2`` gets
+            them sorted.
         named: two of [num_keys or more] uint32, likewise.
         num_keys: most pairs.
         digits: of a row; see ``row_sort.digits_of``.
@@ -63,9 +63,10 @@ def sort_pairs(
         totals: room.
         info: holds the number of pairs.
         defines: macros of the source; ``BITS``: of a digit.
+        first: digit that is not yet in order.
     """
     bits, tiles = int(dict(defines)["BITS"]), -(-num_keys // TILE)
-    for digit in range(digits):
+    for digit in range(first, digits):
         here, there = digit % 2, (digit + 1) % 2
         place = (np.int32(digit * bits), np.uint32(tiles))
         load(SOURCE, "count_digits", defines)(tiles, THREADS, rows[here], *place, counts, info)
@@ -86,6 +87,6 @@ def mark_touched(keys: Any, offsets: Any, row_start: Any, num_rows: int, touched
     num_keys = len(keys) if len(offsets) else num_tables * num_rows
     if num_tables == 0 or num_keys == 0 or num_rows == 0:
         return
-    defines = (("KEY", c_type(keys)), ("WEIGHTED", 0), ("BITS", 1), ("BAGS", int(len(offsets) > 0)))
+    defines = (("KEY", c_type(keys)), ("BAGS", int(len(offsets) > 0)), ("WEIGHTED", 0), ("BITS", 1))
     shape = (np.uint32(num_keys), np.uint32(num_rows), np.int32(num_tables))
     load(SOURCE, "mark_touched", defines)(-(-num_keys // THREADS), THREADS, row_start, keys, offsets, *shape, touched)

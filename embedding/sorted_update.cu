@@ -4,7 +4,8 @@
 // Shapes: T tables in one weight array of R rows, B bags a table, D columns, F places of the gradient, K keys in
 // ascending order of their rows. Macros: DIM = D, a multiple of 4; WEIGHT, GRAD: element types; KIND: number of the
 // optimiser in sparse_optim.KINDS; BAGS: 1 if there are offsets; WEIGHTED: 1 if keys have weights; MOST_AHEAD: keys whose
-// gradients of 16 bits are under way, a power of two; SUM_BLOCKS: blocks of a multiprocessor that sum chunks.
+// gradients of 16 bits are under way, a power of two; SUM_BLOCKS: blocks of a multiprocessor that sum chunks; CACHED: 1 if
+// gradients of bags go through the first-level cache.
 //
 // A group of lanes takes a chunk of 64 keys. Runs of one row that lie in a chunk are summed and used at once; a run
 // that crosses the chunk's ends leaves its partial sums behind, and finish_runs adds them up in their order. What is
@@ -228,9 +229,10 @@ DEVICE uint32 bag_of(const uint32* named, const uint32* bags, uint32 at) {
 
 typedef Raw<sizeof(GRAD)> RawGrad;
 
-DEVICE Raw<4> stream_raw(const float* source) { return {stream_16(source)}; }
+// A bag that names a row several times is its run's neighbour: the first-level cache spares the second and further reads.
+DEVICE Raw<4> read_raw(const float* source) { return {BAGS && CACHED ? read_16(source) : stream_16(source)}; }
 template <typename T>
-DEVICE Raw<2> stream_raw(const T* source) { return {stream_8(source)}; }
+DEVICE Raw<2> read_raw(const T* source) { return {BAGS && CACHED ? read_8(source) : stream_8(source)}; }
 
 // What a lane knows of its key: the row, what named it, and the rows beside it in the order.
 struct Key {
@@ -321,7 +323,7 @@ KERNEL void __launch_bounds__(THREADS, SUM_BLOCKS) sum_chunks(
         for (int i = 0; i < AHEAD; ++i) {
           const uint32 from = __shfl_sync(members, source, j + i, GROUP);
 #pragma unroll
-          for (int p = 0; p < PARTS; ++p) raw[i][p] = stream_raw(own_gradients + uint64(from) * DIM + p * GROUP * 4);
+          for (int p = 0; p < PARTS; ++p) raw[i][p] = read_raw(own_gradients + uint64(from) * DIM + p * GROUP * 4);
         }
         auto add_key = [&](int i) {
           const float by = BAGS ? __shfl_sync(members, factor, j + i, GROUP) : 1.0f;

@@ -16,7 +16,7 @@ from embedding.sparse_optim_cuda import group_lanes
 
 SOURCE = Path(__file__).with_name("sorted_update.cu")
 THREADS = 256
-SUM = {"MOST_AHEAD": 8, "SUM_BLOCKS": 3}
+SUM = {"MOST_AHEAD": 8, "SUM_BLOCKS": 3, "CACHED": 1}
 """How chunks are summed, see ``sorted_update.cu``; ``benchmarks/gpu_variants.py`` times others."""
 SUMMED_BLOCKS = 8
 """Blocks of a multiprocessor that walk rows whose gradients have been summed."""

@@ -77,7 +77,7 @@ def _sort_and_join(
     assert KEY_DIGITS % 2 == 0
     keys = (room.keys, out_scores.view(np.uint32))
     named = (room.named, rows_below.view(np.uint32))
-    sorting = (("KEY", "int"), ("WEIGHTED", 0), ("BITS", KEY_BITS))
+    sorting = (("KEY", "int"), ("BAGS", 0), ("WEIGHTED", 0), ("BITS", KEY_BITS))
     row_sort_cuda.sort_pairs(keys, named, size, KEY_DIGITS, room.counts, room.totals, room.info, sorting)
     pairs = (room.keys, room.named, *weights, np.uint32(size), np.uint32(tiles), room.counts)
     load(SOURCE, "count_groups", defines)(tiles, THREADS, *pairs)

@@ -95,6 +95,18 @@ def test_rows_are_sorted(machine: Any, bags: str, rows: list[int], num_rows: int
         np.testing.assert_array_equal(machine.host(room.bags)[:count], expected.bags[:count])
 
 
+def test_counts_of_many_tiles_add_up(machine: Any, rng: np.random.Generator) -> None:
+    """More tiles than a block adds up at a time, without the millions of keys that fill them."""
+    tiles, bits = int(rng.integers(2049, 2500)), 2
+    counts = rng.integers(0, 4096, (1 << bits, tiles)).astype(np.uint32)
+    found, totals = machine.array(counts), machine.array(np.zeros(1 << bits, np.uint32))
+    defines = (("KEY", "int"), ("BAGS", 0), ("WEIGHTED", 0), ("BITS", bits))
+    kernel = row_sort_cuda.load(row_sort_cuda.SOURCE, "add_counts", defines)
+    kernel(1 << bits, row_sort_cuda.THREADS, found, np.uint32(tiles), totals)
+    np.testing.assert_array_equal(machine.host(found), np.cumsum(counts, 1) - counts)
+    np.testing.assert_array_equal(machine.host(totals), counts.sum(1))
+
+
 @pytest.mark.parametrize("bags", ["one", "bags"])
 def test_touched_rows_are_marked(machine: Any, bags: str, rng: np.random.Generator) -> None:
     batch = Batch(rng, [3, 1, 700, 40], 150, bags=bags)

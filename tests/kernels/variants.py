@@ -24,8 +24,9 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
         (("DIM", 256), ("KEY", "int"), ("GRAD", "float"), ("HOT", 6)),
     ),
     "embedding/row_sort.cu": (
-        (("KEY", "int"), ("WEIGHTED", 0), ("BITS", 9)),
-        (("KEY", "int64"), ("WEIGHTED", 1), ("BITS", 3), ("BAGS", 1)),
+        (("KEY", "int"), ("BAGS", 0), ("WEIGHTED", 0), ("BITS", 9)),
+        (("KEY", "int"), ("BAGS", 1), ("WEIGHTED", 0), ("BITS", 9)),
+        (("KEY", "int64"), ("BAGS", 1), ("WEIGHTED", 1), ("BITS", 3)),
     ),
     "embedding/sorted_update.cu": tuple(
         (
