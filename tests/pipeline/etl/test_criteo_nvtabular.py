@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -122,7 +125,8 @@ def random_lines(rng: np.random.Generator, rows: int, distinct: int = 12) -> lis
     lines = []
     for _ in range(rows):
         integers = ["" if value < -3 else str(value) for value in rng.integers(-5, 50, 13).tolist()]
-        integers[3] = str(int(10 ** rng.uniform(0, 15)))
+        # Few different values, all tried: log(1 + x) and log1p(x) in 64 bits round alike to 32 for nearly all x.
+        integers[3] = str(10 ** int(rng.integers(0, 16)))
         keys = [f"{value * 7_919 % 2**32:08x}" if value else "" for value in rng.integers(0, distinct, 26).tolist()]
         lines.append("\t".join([str(rng.integers(2)), *integers, *keys]))
     return lines
@@ -226,6 +230,59 @@ def test_interpreters_and_folders_that_do_not_fit_are_refused(tmp_path: Path) ->
     assert not (tmp_path / "env").exists()
 
 
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """An interpreter that does by plain Python what NVTabular does."""
+    script = Path(__file__).with_name("nvtabular_stand_in.py")
+    return interpreter(tmp_path / "stand_in", f'exec "{sys.executable}" "{script}"\n')
+
+
+RULES: list[dict[str, Any]] = [
+    {},
+    {"cap_modulo": 5_000, "missing_category": "zero", "dense_transform": "add2_log1p", "frequency_threshold": 1},
+    {"cap_rows": 5, "missing_category": "rare", "dense_transform": "add3_log", "missing_integer": 4},
+]
+
+
+@pytest.mark.parametrize("options", RULES)
+def test_ids_become_the_rows_of_the_other_engine(
+    tmp_path: Path, rng: np.random.Generator, stand_in: Path, options: dict[str, Any]
+) -> None:
+    train, day = write_rows(tmp_path / "train.tsv", rng, 90), write_rows(tmp_path / "day.tsv", rng, 31)
+    inputs, rules = CriteoInputs(train=[train], last_day=day), make_rules(**options)
+    own = prepare_criteo(inputs, tmp_path / "own", rules=rules)
+    theirs = engine.prepare_with_nvtabular(inputs, tmp_path / "theirs", python=stand_in, rules=rules)
+    assert content(theirs) == content(own)
+    assert "engine: NVTabular 23.08.00" in load_dataset(theirs).manifest.notes
+
+
+def test_after_a_kill_only_what_follows_the_workflow_is_done_again(
+    tmp_path: Path, rng: np.random.Generator, stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = CriteoInputs(train=[write_rows(tmp_path / "train.tsv", rng, 40)])
+    own = prepare_criteo(inputs, tmp_path / "own")
+    real = engine.raw_rows
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "raw_rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.prepare_with_nvtabular(inputs, tmp_path / "out", python=stand_in)
+    monkeypatch.setattr(engine, "raw_rows", real)
+    out = engine.prepare_with_nvtabular(inputs, tmp_path / "out", python=tmp_path / "absent")
+    assert content(out) == content(own)
+
+
+def test_a_label_that_is_none_is_refused(tmp_path: Path, rng: np.random.Generator, stand_in: Path) -> None:
+    lines = random_lines(rng, 20)
+    lines[11] = "7" + lines[11][1:]
+    (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=r"rows of train, as NVTabular wrote them: .*row \d+: label -1 is neither"):
+        engine.prepare_with_nvtabular(CriteoInputs(train=[tmp_path / "train.tsv"]), tmp_path / "out", python=stand_in)
+    assert not (tmp_path / "out").exists()
+
+
 def nvtabular_python() -> Path:
     return nvtabular_env.find_environment({nvtabular_env.VARIABLE: NVTABULAR})
 
@@ -240,13 +297,7 @@ def test_both_engines_write_the_same_bytes_of_the_real_rows(tmp_path: Path) -> N
 
 
 @with_nvtabular
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"cap_modulo": 5_000, "missing_category": "zero", "dense_transform": "add2_log1p", "frequency_threshold": 1},
-        {"cap_rows": 5, "missing_category": "rare", "dense_transform": "add3_log", "missing_integer": 4},
-    ],
-)
+@pytest.mark.parametrize("options", RULES[1:])
 def test_both_engines_follow_the_rules(tmp_path: Path, rng: np.random.Generator, options: dict[str, Any]) -> None:
     train, day = write_rows(tmp_path / "train.tsv", rng, 300), write_rows(tmp_path / "day.tsv", rng, 31)
     inputs, rules = CriteoInputs(train=[train], last_day=day), make_rules(**options)
@@ -291,3 +342,21 @@ def test_a_malformed_row_ends_the_workflow_with_a_sentence(tmp_path: Path, rng: 
         engine.prepare_with_nvtabular(
             CriteoInputs(train=[tmp_path / "train.tsv"]), tmp_path / "out", python=nvtabular_python()
         )
+
+
+@with_nvtabular
+def test_the_workflow_ends_with_whoever_started_it(tmp_path: Path, rng: np.random.Generator) -> None:
+    train = write_rows(tmp_path / "train.tsv", rng, 3_000)
+    words = ["prepare", "criteo", "--engine", "nvtabular", "--train", str(train), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "service.cli", *words]
+    process = subprocess.Popen(command, env={**os.environ, nvtabular_env.VARIABLE: NVTABULAR}, cwd=REPOSITORY)
+    deadline = time.monotonic() + 60
+    workers: list[psutil.Process] = []
+    while not workers and time.monotonic() < deadline and process.poll() is None:
+        workers = psutil.Process(process.pid).children()
+        time.sleep(0.01)
+    assert len(workers) == 1
+    process.kill()
+    process.wait()
+    gone, _ = psutil.wait_procs(workers, timeout=60)
+    assert gone == workers
