@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,12 +164,15 @@ def _worker(python: Path, request: dict[str, Any], log: Path) -> Iterator[Iterat
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
+            with suppress(BrokenPipeError):  # ended already; its exit code and last words say why
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
             yield (json.loads(line) for line in process.stdout if line.startswith("{"))
             code = process.wait()
         finally:
             process.kill()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
     if code:
         said = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         reason = said[-1][:300] if said else "silently"

@@ -153,8 +153,11 @@ def interpreter(path: Path, script: str) -> Path:
     return path
 
 
-def test_a_failed_workflow_is_one_sentence_and_leaves_nothing(tmp_path: Path, rng: np.random.Generator) -> None:
-    python = interpreter(tmp_path / "python", "read request; echo first >&2; echo 'ValueError: bad rows' >&2; exit 3\n")
+@pytest.mark.parametrize("reads", ["read request; ", ""])
+def test_a_failed_workflow_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, rng: np.random.Generator, reads: str
+) -> None:
+    python = interpreter(tmp_path / "python", f"{reads}echo first >&2; echo 'ValueError: bad rows' >&2; exit 3\n")
     inputs = CriteoInputs(train=[write_rows(tmp_path / "rows.tsv", rng, 3)])
     with pytest.raises(DataError, match=r"workflow ended with code 3 \(ValueError: bad rows\); check the rows with"):
         engine.prepare_with_nvtabular(inputs, tmp_path / "out", python=python)
