@@ -5,9 +5,14 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Words for pytest, such as PYTEST_ARGS='-m "not slow" -x'.
 PYTEST_ARGS ?=
+# Tests on a GPU need no environment of ours: the first Python that has CuPy runs them, offline too.
+GPU_PYTHON ?= $(shell for p in $(BIN)/python python3; do $$p -c 'import cupy' >/dev/null 2>&1 && echo $$p && break; done)
+GPU_PYTEST = PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) -m pytest -p no:cacheprovider
+SANITIZED ?= tests/gpu/test_philox_rows.py tests/gpu/test_loss_optim.py tests/gpu/test_exchange_kernels.py \
+  tests/gpu/test_captured_update.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-4 lint format bench size wheel clean
+.PHONY: help install demo serve test test-4 test-gpu sanitize-gpu gpu-python lint format bench size wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -58,6 +63,21 @@ lint: install ## Style, format, types, import contracts
 
 test-4: install ## The tests of ranks, on four ranks only
 	@CROSSLANE_TEST_RANKS=4 $(BIN)/python -m pytest -m ranks $(PYTEST_ARGS)
+
+gpu-python:
+	@[ -n "$(GPU_PYTHON)" ] || { echo "error: no Python with CuPy found; pip install 'crosslane[cuda13]' (or cuda12)," \
+	  "or name one: make GPU_PYTHON=/path/to/python test-gpu" >&2; exit 2; }
+	@$(GPU_PYTHON) -c 'import cupy; print(cupy.cuda.runtime.getDeviceCount(), "GPUs,", cupy.__version__)' \
+	  || { echo "error: CuPy is there, but no GPU; nvidia-smi tells whether the driver sees one" >&2; exit 2; }
+
+test-gpu: gpu-python ## Every kernel against its reference on a GPU; CROSSLANE_FORCE_ARCH=80 takes the fallbacks
+	@$(GPU_PYTEST) tests/gpu $(PYTEST_ARGS)
+
+sanitize-gpu: gpu-python ## A short list of the same under compute-sanitizer's four tools
+	@failed=0; for tool in memcheck racecheck initcheck synccheck; do \
+	  echo "\$$ compute-sanitizer --tool $$tool"; \
+	  compute-sanitizer --tool $$tool --error-exitcode 9 env $(GPU_PYTEST) -q -x $(SANITIZED) $(PYTEST_ARGS) || failed=1; \
+	done; exit $$failed
 
 format: install ## Rewrite the sources in the project's style
 	@$(BIN)/ruff check --fix-only .; $(BIN)/ruff format .
