@@ -176,8 +176,10 @@ class RawReader:
                     words, inside, places, self._first, self._wide, self._table_rows, keys
                 )
                 self._check_key(rows, b, column)
-            starts = np.arange(num_tables * num_rows).reshape(num_tables, num_rows)
-            weights = self._read_weights(rows, pieces, starts, keys.size)
+            weights = None
+            if self._manifest.weighted:
+                starts = np.arange(num_tables * num_rows).reshape(num_tables, num_rows)
+                weights = self._read_weights(rows, pieces, starts, keys.size)
             return Jagged(keys.reshape(-1), None, weights, num_tables, num_rows)
         counts = np.zeros((num_tables, num_rows), np.int64)
         for words, inside, places in pieces:

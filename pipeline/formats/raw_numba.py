@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+_BLOCK_ROWS = 64
+
 
 @njit(nogil=True, cache=True)
 def gather_head(
@@ -69,20 +71,43 @@ def gather_one_hot(
     Args:
         words: [R, V] int32, the file.
         rows: [B] int64.
-        places: [B] int64.
+        places: [B] int64, ascending.
         first: word of the first key.
         wide: keys are int64.
         table_rows: [T] int64.
         keys: [T, B] int32 or int64, written.
     """
     step = 2 if wide else 1
-    for i in range(rows.size):
-        row, b = rows[i], places[i]
+    for start in range(0, rows.size, _BLOCK_ROWS):
+        stop = min(start + _BLOCK_ROWS, rows.size)
+        # Table by table: the rows lie in the nearest cache, and keys are written one behind the other.
+        wrong, place = False, places[start]
+        together = places[stop - 1] - place == stop - 1 - start  # places ascend
         for t in range(table_rows.size):
-            key = key_at(words, row, first + t * step, wide)
+            limit, column, word = table_rows[t], keys[t], first + t * step
+            if together:
+                for i in range(start, stop):
+                    key = key_at(words, rows[i], word, wide)
+                    wrong |= key < 0 or key >= limit
+                    column[place + (i - start)] = key
+            else:
+                for i in range(start, stop):
+                    key = key_at(words, rows[i], word, wide)
+                    wrong |= key < 0 or key >= limit
+                    column[places[i]] = key
+        if wrong:
+            return _first_outside(words, rows[start:stop], places[start:stop], first, wide, table_rows)
+    return -1, 0
+
+
+@njit(nogil=True, cache=True)
+def _first_outside(words: Any, rows: Any, places: Any, first: int, wide: bool, table_rows: Any) -> tuple[int, int]:
+    """The first key of rows, in their order, that lies outside its table."""
+    for i in range(rows.size):
+        for t in range(table_rows.size):
+            key = key_at(words, rows[i], first + t * (2 if wide else 1), wide)
             if key < 0 or key >= table_rows[t]:
-                return b, t
-            keys[t, b] = key
+                return places[i], t
     return -1, 0
 
 

@@ -258,6 +258,46 @@ def test_a_table_of_one_key_beside_a_multi_hot_one_may_miss_it_only_if_the_manif
     assert dataset.split("train").read(slice(None)).keys.keys.tolist() == [4, 3]
 
 
+@pytest.mark.parametrize("key_dtype", ["int32", "int64"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_first_wrong_key_in_the_order_of_the_batch_is_named(
+    tmp_path: Path, rng: np.random.Generator, key_dtype: str, parts: int
+) -> None:
+    tables = [TableInfo(name=name, rows=1000) for name in "abc"]
+    keys = rng.integers(0, 1000, (300, 3))
+    make(tmp_path, keys, tables, key_dtype=key_dtype)
+    width = np.dtype(key_dtype).itemsize // 4
+    words = np.fromfile(tmp_path / "train.bin", np.int32).reshape(300, -1)
+    ends = sorted({0, 300, *rng.integers(1, 300, parts - 1).tolist()})
+    manifest = json.loads((tmp_path / "dataset.json").read_text())
+    manifest["splits"]["train"]["files"] = [
+        {"path": f"p{start}", "rows": stop - start, "bytes": 4 * words.shape[1] * (stop - start)}
+        for start, stop in itertools.pairwise(ends)
+    ]
+    (tmp_path / "dataset.json").write_text(json.dumps(manifest))
+
+    def store() -> None:
+        for start, stop in itertools.pairwise(ends):
+            words[start:stop].tofile(tmp_path / f"p{start}")
+
+    store()
+    order = rng.permutation(300)
+    batch = load_dataset(tmp_path).split("train").read(order)
+    np.testing.assert_array_equal(batch.keys.keys.reshape(3, -1).T, keys[order])
+    wrong = {(int(row), int(table)) for row, table in zip(rng.integers(0, 300, 5), rng.integers(0, 3, 5), strict=True)}
+    for row, table in wrong:
+        words[row, 3 + table * width : 3 + (table + 1) * width] = 5000 if width == 1 else (5000, 0)
+    store()
+    first = min(wrong, key=lambda place: (int(np.argmax(order == place[0])), place[1]))
+    with pytest.raises(DataError) as caught:
+        load_dataset(tmp_path).split("train").read(order)
+    named = re.search(r"p(\d+): row (\d+) \(byte \d+\): key 5000 of table '(\w)'", str(caught.value))
+    assert named
+    found = (int(named[1]) + int(named[2]), "abc".index(named[3]))
+    # Files are read one after the other, each in the order of the batch.
+    assert found == first if parts == 1 else found in wrong
+
+
 def test_a_high_word_of_a_64_bit_key_counts(tmp_path: Path) -> None:
     make(tmp_path, np.zeros((2, 1), int), [TableInfo(name="a", rows=9)], key_dtype="int64")
     poke(tmp_path / "train.bin", 1, 4, 1, 5)
