@@ -41,7 +41,12 @@ def debugging() -> bool:
 
 def is_first_rank() -> bool:
     """Whether this process is rank 0, or the only one."""
-    return next((os.environ[name] for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK") if name in os.environ), "0") == "0"
+    return (
+        next(
+            (os.environ[name] for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK") if name in os.environ), "0"
+        )
+        == "0"
+    )
 
 
 def train_here(config: Path, overrides: Sequence[str], *, init: str | None, as_json: bool) -> None:

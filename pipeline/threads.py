@@ -9,23 +9,31 @@ import sys
 from collections.abc import Mapping
 
 _LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "PMI_LOCAL_SIZE")
+_SRUN_SIZE = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
 _WORLD_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE")
 
 
 def launched_ranks(environ: Mapping[str, str] = os.environ) -> int:
-    """Ranks that mpirun (Open MPI or MPICH) says it started; 1 without mpirun."""
-    return _first_int(environ, _WORLD_SIZE) or 1
+    """Ranks that mpirun (Open MPI or MPICH) or ``srun --mpi=pmix`` says it started; 1 without them."""
+    return _first_int(environ, (*_WORLD_SIZE, *(_SRUN_SIZE if _started_by_srun(environ) else ()))) or 1
+
+
+def _started_by_srun(environ: Mapping[str, str]) -> bool:
+    """Slurm's variables stand in a batch script, too, whose commands are no ranks: PMIx gives a rank its number."""
+    return "PMIX_RANK" in environ
 
 
 def threads_per_rank(environ: Mapping[str, str] = os.environ) -> int:
     """Cores of this process's affinity mask divided by the ranks on this machine, at least 1.
 
-    ``CROSSLANE_THREADS`` overrides.
+    ``CROSSLANE_THREADS`` overrides; under srun, cores that were asked for each task.
     """
-    if chosen := _first_int(environ, ("CROSSLANE_THREADS",)):
+    srun = ("SLURM_CPUS_PER_TASK",) if _started_by_srun(environ) else ()
+    if chosen := _first_int(environ, ("CROSSLANE_THREADS", *srun)):
         return chosen
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // (_first_int(environ, _LOCAL_RANKS) or 1))
+    local = (*_LOCAL_RANKS, *(("SLURM_NTASKS_PER_NODE",) if srun else ()))
+    return max(1, cores // (_first_int(environ, local) or 1))
 
 
 def settle_threads() -> int:

@@ -13,7 +13,7 @@ import typer
 from dlrm.errors import ConfigError
 from pipeline import cli as engine
 from pipeline import stop
-from pipeline.console import AsJson, show_progress
+from pipeline.console import AsJson, print_fields, print_json, show_progress
 from pipeline.threads import launched_ranks
 from service import job_verbs
 
@@ -80,6 +80,23 @@ def train(
         engine.train_here(config, overrides or (), init=str(init) if init else None, as_json=as_json)
     else:
         train_on_ranks(config, overrides or [], ranks=ranks, init=init, as_json=as_json)
+
+
+@app.command(rich_help_panel="Start here")
+def doctor(
+    require_gpu: Annotated[bool, typer.Option("--require-gpu", help="Exit with 4 where no GPU is visible.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look at driver, GPUs, CUDA packages and MPI; say what to do about each problem."""
+    from service.doctor import as_fields, examine, exit_code, to_values
+
+    checks = examine()
+    if as_json:
+        print_json({"checks": to_values(checks), "exit_code": exit_code(checks, require_gpu=require_gpu)})
+    else:
+        print_fields("What training can use here", as_fields(checks), as_json=False)
+    if code := exit_code(checks, require_gpu=require_gpu):
+        raise typer.Exit(code)
 
 
 def train_on_ranks(config: Path, overrides: list[str], *, ranks: int, init: Path | None, as_json: bool) -> None:
