@@ -175,7 +175,16 @@ class Peer:
     """A model and its step in one form."""
 
     def __init__(
-        self, shape: ModelShape, form: Form, *, half: bool, lr: float, scale: float, device: str, seed: int = 1
+        self,
+        shape: ModelShape,
+        form: Form,
+        *,
+        half: bool,
+        lr: float,
+        scale: float,
+        device: str,
+        table_lr: float | None = None,
+        seed: int = 1,
     ) -> None:
         """Build and draw the weights; compilation happens at the first step.
 
@@ -184,23 +193,24 @@ class Peer:
             form: how to run it.
             half: float16 activations and gradients, float32 weights.
             lr: learning rate of SGD.
+            table_lr: that of the tables; ``None``: the same.
             scale: static factor of all gradients on their way, taken out by the updates.
             device: ``cuda``, or ``cpu`` to test the arithmetic.
             seed: of the weights.
         """
         self.shape, self.form, self.seed = shape, form, seed
         self.device = torch.device(device)
-        self.scale, self._lr = scale, lr / scale
+        self.scale, self._table_lr = scale, (lr if table_lr is None else table_lr) / scale
         self.dense = Dense(shape, half=half, scale=scale).to(self.device)
         if form.tables == "fbgemm":
             from torch_gpu_fbgemm import FbgemmTables
 
-            self.tables: Any = FbgemmTables(shape, half=half, lr=self._lr, device=self.device)
+            self.tables: Any = FbgemmTables(shape, half=half, lr=self._table_lr, device=self.device)
         else:
             self.tables = TorchTables(shape, half=half, device=self.device)
         self.draw()
         fused = {"fused": True} if self.device.type == "cuda" else {}
-        self.optimizer = torch.optim.SGD(self.dense.parameters(), lr=self._lr, **fused)
+        self.optimizer = torch.optim.SGD(self.dense.parameters(), lr=lr / scale, **fused)
         self._loss: Callable[..., torch.Tensor] = self.dense
         self._logits: Callable[..., torch.Tensor] = self.dense.logits
         self._lookup, self._update = self.tables.lookup, self.tables.update
@@ -237,7 +247,7 @@ class Peer:
         loss = self._loss(vectors, batch.dense, batch.labels)
         loss.backward()
         if own:
-            self._update(batch.keys, vectors.grad, self._lr)
+            self._update(batch.keys, vectors.grad, self._table_lr)
         self.optimizer.step()
         return loss.detach()
 
