@@ -52,11 +52,11 @@ def test_every_rank_gets_the_same_rates_of_the_device(ranks: int, nodes: int) ->
 
     rates = rank_threads.run_ranks(ranks, measure)
     assert all(rate == rates[0] for rate in rates)
-    assert rates[0].work.rows_bytes_per_s > 1e6
+    assert rates[0].work.rows_bytes_per_s > 0
     if ranks > 1:
         assert rates[0].source == "measured on the device"
-        assert 1 < rates[0].inside.bytes_per_s < 1e12
-        assert 1 < rates[0].across.bytes_per_s < 1e12
+        # One rank a node, or one node: there is one kind of link.
+        assert (rates[0].inside is rates[0].across) == (ranks == nodes or nodes == 1)
         assert rates[0].inside_reduce == rates[0].across_reduce
 
 
