@@ -153,8 +153,10 @@ def _check(scores: Array, labels: Array, comm: Comm, device: Device) -> tuple[in
 def _exchange(groups: Groups, comm: Comm, device: Device, carrier: Comm | None) -> Groups:
     """Send every group to the rank of its range, and merge what arrives (collective)."""
     xp = device.xp
-    borders = xp.asarray(_borders(groups.scores, comm, device))
-    cuts = device.to_host(xp.searchsorted(groups.scores, borders, side="left"))
+    borders = _borders(groups.scores, comm, device)
+    cuts = np.zeros(len(borders), np.int64)
+    if len(groups):
+        cuts = device.to_host(xp.searchsorted(groups.scores, xp.asarray(borders), side="left"))
     send_counts = np.diff(np.concatenate(([0], cuts, [len(groups)]))).astype(np.int64)
     recv_counts = np.empty(comm.size, dtype=np.int64)
     comm.all_to_all(send_counts, recv_counts).wait()

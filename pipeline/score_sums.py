@@ -100,6 +100,8 @@ def curve_points(
     count = device.zeros(1, np.int64)
     kernel(groups.rows_below, groups.positives_below, *above, *totals, *steps, points, count)
     picked = device.to_host(points)[: int(device.to_host(count)[0])]
+    if not len(picked):
+        return []
     picked = picked[np.argsort(-picked[:, 0])]
     scores = device.to_host(groups.scores[device.xp.asarray(picked[:, 0])]).astype(np.float64)
     return [(score, true, false) for score, (_, true, false) in zip(scores.tolist(), picked.tolist(), strict=True)]

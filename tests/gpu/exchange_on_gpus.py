@@ -1,4 +1,5 @@
-"""Program of one MPI rank with a GPU: tables exchanged over NCCL, or staged through the host where ranks share a GPU.
+"""Program of one MPI rank with a GPU: tables exchanged and scores ranked over NCCL, or staged through the host where
+ranks share a GPU.
 
 ``mpirun -np 2 python -m mpi4py tests/gpu/exchange_on_gpus.py nccl`` wants a GPU for every rank; with ``staged`` any
 number of ranks share what there is.
@@ -21,10 +22,12 @@ import exchange_cases as xc  # noqa: E402
 import numpy as np  # noqa: E402
 
 from dlrm.cuda import CudaDevice, count_gpus  # noqa: E402
+from embedding.comm import SingleComm  # noqa: E402
 from embedding.comm_mpi import world  # noqa: E402
 from embedding.comm_nccl import NcclComm  # noqa: E402
 from embedding.comm_staged import StagedComm  # noqa: E402
 from embedding.topology import discover  # noqa: E402
+from pipeline.metrics import evaluate_scores  # noqa: E402
 
 
 class OnDevice:
@@ -99,12 +102,26 @@ def captured(case: xc.ExchangeCase, comm: Any, device: CudaDevice, host: Any) ->
     return xc.outcome_of(trainer, seen, 0)
 
 
+def check_metrics(host: Any, carrier: Any, device: CudaDevice) -> None:
+    """Scores of all ranks, many of them equal, give every rank what one GPU gives for all of them."""
+    rng = np.random.default_rng(17)
+    scores = np.round(rng.normal(-2, 1.5, 200_003), 3).astype(np.float32)
+    labels = (rng.random(scores.size) < 1 / (1 + np.exp(-scores))).astype(np.float32)
+    rows, truth = device.xp.asarray(scores), device.xp.asarray(labels)
+    expected = evaluate_scores(rows, truth, SingleComm(), device)
+    # Unequal shares, the last rank has none.
+    cuts = [scores.size * (r + 1) ** 2 // max(1, host.size - 1) ** 2 for r in range(host.size - 1)]
+    share = slice(*([0, *cuts, scores.size] if host.size > 1 else [0, scores.size])[host.rank : host.rank + 2])
+    assert evaluate_scores(rows[share], truth[share], host, device, carrier) == expected
+
+
 def main() -> None:
     carrier = sys.argv[1]
     host = world(launched_ranks())
     device = CudaDevice(discover(host).local_rank % count_gpus())
     comm: Any = NcclComm(host, device.index) if carrier == "nccl" else StagedComm(host, device)
     comm_cases.run_all(OnDevice(comm, device))
+    check_metrics(host, comm, device)
     for case in xc.CASES:
         if host.size % case.nodes:
             continue
