@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from dlrm.config_device import CudaConfig as CudaConfig
 from dlrm.config_embedding import STRICT, NonNegativeFloat, Pooling, PositiveFloat, Text
 from dlrm.config_embedding import CountInt as CountInt
 from dlrm.config_embedding import EmbeddingConfig as EmbeddingConfig
@@ -49,6 +50,8 @@ class DataConfig:
     """Threads that read them."""
     verify: bool = False
     """Check the files' checksums before training."""
+    on_device: bool = False
+    """On a GPU: keep the training rows in its memory, read or made once before the first step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -219,8 +222,15 @@ class RunConfig:
     data: DataConfig
     name: Text = "run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
-    device: Literal["auto", "cpu"] = "auto"
-    precision: Literal["fp32", "fp64"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: a GPU where this process sees one and CuPy is installed; each rank of a machine takes another."""
+    precision: Literal["fp32", "fp64", "fp16", "bf16"] = "fp32"
+    """Of activations and products; with ``fp16`` and ``bf16`` (GPU) the dense parameters stay fp32."""
+    loss_scale: PositiveFloat | Literal["dynamic"] = 1024.0
+    """``fp16``: factor of all gradients on their way; ``dynamic``: halved where a gradient is not finite, which skips
+    the step, and doubled after ``loss_scale_growth`` good steps. Other precisions take none."""
+    loss_scale_growth: PositiveInt = 2000
+    cuda: CudaConfig = Field(default_factory=CudaConfig)
     deterministic: bool = False
     """Decide nothing by measured times, so that another run of this config on as many ranks gives the same bits."""
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -240,6 +250,13 @@ class RunConfig:
         Raises:
             ConfigError: the dense part is given an optimiser that only tables have.
         """
+        if self.device == "cuda" and self.precision == "fp64":
+            raise ConfigError("precision: fp64 runs on CPUs alone; set device: cpu, or precision: fp32")
+        if self.device == "cpu" and (half := {self.precision, self.table_precision} & {"fp16", "bf16"}):
+            raise ConfigError(
+                f"precision: {half.pop()} needs a GPU, but device is cpu; set precision and embedding.table_precision "
+                "to fp32, or device: cuda"
+            )
         if self.optimizer.kind == "rowwise_adagrad":
             raise ConfigError(
                 "optimizer.kind: 'rowwise_adagrad' is for embedding tables; set it as embedding.optimizer.kind "
@@ -259,6 +276,12 @@ class RunConfig:
     def table_optimizer(self) -> OptimizerConfig:
         """The optimiser of the embedding tables."""
         return self.embedding.optimizer or self.optimizer
+
+    @property
+    def table_precision(self) -> str:
+        """How the tables' rows are kept."""
+        wide = "fp64" if self.precision == "fp64" else "fp32"
+        return self.embedding.table_precision or wide
 
     def pooling(self, table: str) -> Pooling:
         """Pooling of one table."""

@@ -121,6 +121,16 @@ class CudaDevice:
         free, total = cupy.cuda.runtime.memGetInfo()
         return int(free), int(total)
 
+    def free_memory(self) -> int:
+        """Bytes that can be allocated, those that CuPy keeps for reuse included."""
+        return self.memory()[0] + int(cupy.get_default_memory_pool().free_bytes())
+
+    def mark(self) -> CudaEvent:
+        """An event behind all that was issued on the current stream."""
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record(cupy.cuda.get_current_stream())
+        return CudaEvent(event)
+
     def stream(self, name: str) -> Any:
         """The CuPy stream of that name, made at its first use."""
         if name not in self._streams:

@@ -79,6 +79,10 @@ class Device(Protocol):
         """An array of zeros on the device."""
         ...
 
+    def free_memory(self) -> int | None:
+        """Bytes that can be allocated; ``None`` where nobody has to ask before."""
+        ...
+
     def relu_mask(self, rows: int, columns: int, training: bool) -> Array | None:
         """Room for what a backward pass has to know of a ReLU's output [rows, columns] besides the output."""
         ...
@@ -233,6 +237,10 @@ class HostDevice:
     def zeros(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
         """An array of zeros that starts at a multiple of 64 bytes; large ones take memory as they are written."""
         return _aligned(np.zeros, shape, dtype)
+
+    def free_memory(self) -> int | None:
+        """``None``: plans look at the machine's memory."""
+        return None
 
     def relu_mask(self, rows: int, columns: int, training: bool) -> None:
         """Nothing: the output alone tells where the ReLU was on."""

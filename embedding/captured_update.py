@@ -57,6 +57,7 @@ class CapturedUpdate:
         device: Device,
     ) -> None:
         self._kind, self._store, self._device = optimizer.kind, store, device
+        self._form = (one_hot, weighted)
         rows, dim = store.weight.shape
         self.atomic = optimizer.kind == "sgd" and store.weight.dtype == np.float32 and one_hot and not deterministic
         self._sort = None if self.atomic else RowSort.create(device, num_keys, rows, dim, weighted=weighted)
@@ -64,6 +65,11 @@ class CapturedUpdate:
         self._mean, self._place = xp.asarray(mean, np.bool_), xp.asarray(place, np.int64)
         self._origins = xp.asarray(origins_of(store.shards))
         self.touched: Array | None = None
+
+    def serves(self, num_keys: int, *, one_hot: bool, weighted: bool) -> bool:
+        """Whether it was made for such a batch."""
+        fits = self._sort is None or num_keys <= self._sort.capacity
+        return fits and self._form == (one_hot, weighted)
 
     def track_touched(self) -> None:
         """Note from now on which rows are updated; before anything is captured."""

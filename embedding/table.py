@@ -107,13 +107,14 @@ def create_shards(
         dim: D.
         device: where they lie.
         optimizer: decides the state.
-        dtype: float32 or float64.
+        dtype: float32 or float64, on a GPU also float16 or bfloat16 (uint16); the state is float32 where it is narrower.
         seed: of the run; ``None``: nothing but speed matters, and everything is zero.
     """
     starts = [0, *np.cumsum([len(part.rows) for part in parts], dtype=np.int64).tolist()]
     weight = (device.zeros if seed is None else device.empty)((starts[-1], dim), dtype)
     layout = state_specs(optimizer)
-    state = {item.name: _filled(item, starts[-1], dim, dtype, device, empty=seed is None) for item in layout}
+    state_dtype = np.promote_types(dtype, np.float32)
+    state = {item.name: _filled(item, starts[-1], dim, state_dtype, device, empty=seed is None) for item in layout}
     shards = []
     for part, begin in zip(parts, starts, strict=False):
         rows = slice(begin, begin + len(part.rows))

@@ -27,6 +27,7 @@ CUDA_MODULES = (
     "embedding.sparse_optim_cuda",
     "pipeline.score_groups_cuda",
     "pipeline.score_sums_cuda",
+    "pipeline.split_records_cuda",
 )
 """Launches that run emulated too."""
 

@@ -1,0 +1,20 @@
+"""How a GPU is used: a section of a run's config."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from dlrm.config_embedding import STRICT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class CudaConfig:
+    """How a GPU is used."""
+
+    graphs: bool = True
+    """Capture a step into a CUDA graph and replay it."""
+    fused_eval: bool | Literal["auto"] = "auto"
+    """Evaluate on one GPU with look-up and interaction as one kernel, nothing overlapped; ``auto``: where the shapes
+    allow it."""

@@ -1,0 +1,287 @@
+"""Tables of one GPU, looked up and updated by steps that are captured into CUDA graphs.
+
+Between ``input_dist`` and ``sparse_update`` nothing is allocated and the host waits for nothing; whatever changes from
+step to step is read from the two blocks of ``dlrm.scalars``. Shapes: T tables, B rows of the batch, F = first + T
+places, D columns, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dlrm.config import OptimizerConfig
+from dlrm.device import Array, Device
+from dlrm.errors import DeviceError
+from embedding.batch import check_arrays
+from embedding.buffers import NO_OFFSETS, NO_WEIGHTS, BatchBuffers
+from embedding.captured_update import CapturedUpdate
+from embedding.lookup import gather_pool
+from embedding.plan import TableSpec
+from embedding.sparse_optim import bytes_per_row
+from embedding.table import Part, Shard, ShardStore, create_shards
+
+
+@dataclass(slots=True)
+class CapturedBuffers(BatchBuffers):
+    """One batch in flight; its keys are written by whoever uploads the batch.
+
+    Attributes:
+        keys: [K] int32 or int64 of the device, table-major.
+        offsets: [T * B + 1] int64 of the device; empty for one key a bag.
+        weights: [K] float32 of the device; empty for none.
+        update: of the rows that the keys name; ``None``: forward only.
+    """
+
+    keys: Array = None
+    offsets: Array = None
+    weights: Array = None
+    update: CapturedUpdate | None = None
+
+    @property
+    def one_hot(self) -> bool:
+        """Whether every bag holds one key."""
+        return len(self.offsets) == 0
+
+
+@dataclass(slots=True)
+class _Mirror:
+    """A shard on the host."""
+
+    shard: Shard
+    weight: Array
+    state: dict[str, Array] = field(default_factory=dict)
+
+
+class CapturedEmbedding:
+    """All tables on one GPU.
+
+    Attributes:
+        specs: the tables, in manifest order.
+        store: their rows on the device.
+        mean: [T] bool of the device: mean pooling, otherwise sum.
+        place: [T] int64 of the device: place of each table in the vectors.
+    """
+
+    def __init__(
+        self,
+        *,
+        specs: Sequence[TableSpec],
+        device: Device,
+        optimizer: OptimizerConfig,
+        table_dtype: Any,
+        seed: int | None,
+        first: int,
+        deterministic: bool,
+    ) -> None:
+        """Allocate and initialise the tables.
+
+        Args:
+            specs: all tables, of one dim.
+            device: holds them.
+            optimizer: of the tables.
+            table_dtype: float32, float16 or bfloat16 (uint16).
+            seed: of the run; ``None``: tables of zeros, for timing.
+            first: place of table 0 in the vectors: 1 behind a bottom MLP's output, else 0.
+            deterministic: no sums in an order of their own making.
+
+        Raises:
+            DeviceError: the tables do not fit the device's memory.
+        """
+        self.specs, self.first = tuple(specs), first
+        self._device, self._optimizer, self._deterministic = device, optimizer, deterministic
+        self._dim = specs[0].dim if specs else 1
+        check_memory(self.specs, optimizer, np.dtype(table_dtype).itemsize, device)
+        parts = [Part.whole(spec) for spec in specs]
+        self.store: ShardStore = create_shards(
+            parts, self._dim, device=device, optimizer=optimizer, dtype=table_dtype, seed=seed
+        )
+        xp = device.xp
+        self._mean = np.array([spec.pooling == "mean" for spec in specs], np.bool_)
+        self.mean, self.place = xp.asarray(self._mean), xp.arange(first, first + len(specs), dtype=np.int64)
+        self._nothing = xp.asarray(NO_OFFSETS), xp.asarray(NO_WEIGHTS)
+        self._updates: list[CapturedUpdate] = []
+        self._touched: Array | None = None
+        self._mirrors: list[_Mirror] = []
+
+    def shards(self) -> list[Shard]:
+        """The tables as arrays of the host, in manifest order.
+
+        Call ``settle`` before reading and ``spread`` after writing them; ``touched`` is that of the moment.
+        """
+        if not self._mirrors:
+            self._mirrors = [self._mirror(shard) for shard in self.store.shards]
+        touched = None if self._touched is None else self._device.to_host(self._touched)
+        shards, start = [], 0
+        for mirror in self._mirrors:
+            own, stop = mirror.shard, start + len(mirror.shard.rows)
+            rows = None if touched is None else touched[start:stop]
+            shards.append(Shard(own.table, own.rows, own.columns, mirror.weight, mirror.state, own.replicated, rows))
+            start = stop
+        return shards
+
+    def _mirror(self, shard: Shard) -> _Mirror:
+        """Room on the host; bfloat16, which NumPy lacks, becomes float32."""
+        dtype = np.float32 if shard.weight.dtype == np.uint16 else shard.weight.dtype
+        state = {name: np.empty(array.shape, array.dtype) for name, array in shard.state.items()}
+        return _Mirror(shard, np.empty(shard.weight.shape, dtype), state)
+
+    def settle(self) -> None:
+        """Bring the arrays of ``shards`` up to date."""
+        self.shards()
+        for mirror in self._mirrors:
+            for source, target in self._pairs(mirror):
+                if source.dtype == target.dtype:
+                    self._device.download(source, target)
+                else:
+                    wide = self._device.empty(source.shape, target.dtype)
+                    self._device.convert(source, wide)
+                    self._device.download(wide, target)
+
+    def spread(self) -> None:
+        """Take over what was written into the arrays of ``shards``."""
+        for mirror in self._mirrors:
+            for target, source in self._pairs(mirror):
+                self._device.assign(source, target)
+
+    @staticmethod
+    def _pairs(mirror: _Mirror) -> list[tuple[Array, Array]]:
+        """Arrays of the device and of the host."""
+        shard = mirror.shard
+        return [(shard.weight, mirror.weight), *((shard.state[name], mirror.state[name]) for name in shard.state)]
+
+    def track_touched(self) -> None:
+        """Note from now on which rows are updated: ``touched`` of the shards says which."""
+        if self._touched is None:
+            self._touched = self._device.zeros(len(self.store.weight), np.bool_)
+            for update in self._updates:
+                update.touched = self._touched
+
+    def clear_touched(self) -> None:
+        """Forget which rows were updated."""
+        if self._touched is not None:
+            self._touched.fill(0)
+
+    def buffers(self, capacity: int, vectors: Array, grad_vectors: Array | None = None) -> CapturedBuffers:
+        """Room for one batch in flight, of one key a bag.
+
+        Args:
+            capacity: most rows.
+            vectors: [capacity or more, F, D] C-contiguous; the output.
+            grad_vectors: the same shape; its gradients. ``None``: forward only.
+
+        Raises:
+            ConfigError: an array has another shape, dtype or layout.
+        """
+        check_arrays(vectors, grad_vectors, capacity, (self.first + len(self.specs), self._dim), vectors.dtype)
+        buffers = CapturedBuffers(capacity, vectors, grad_vectors)
+        buffers.keys = self._device.zeros(max(1, len(self.specs) * capacity), np.int32)
+        buffers.offsets, buffers.weights = self._nothing
+        if grad_vectors is not None:
+            buffers.update = self._make_update(len(self.specs) * capacity, one_hot=True, weighted=False)
+        return buffers
+
+    def take_bags(self, keys: Array, offsets: Array | None, weights: Array | None, buffers: CapturedBuffers) -> None:
+        """Copy a batch of bags from the host; what has to grow is allocated, so this is nothing for a capture.
+
+        Args:
+            keys: [K] int32 or int64.
+            offsets: [T * B + 1] int64; ``None``: one key a bag.
+            weights: [K] float32, or ``None``.
+            buffers: the batch's.
+        """
+        device, count = self._device, len(keys)
+        if len(buffers.keys) < count or buffers.keys.dtype != keys.dtype:
+            buffers.keys = device.empty(count + count // 4 + 1, keys.dtype)
+        device.upload(keys, buffers.keys[:count])
+        buffers.offsets = self._nothing[0]
+        if offsets is not None:
+            buffers.offsets = device.upload(offsets, device.empty(len(offsets), np.int64))
+        buffers.weights = self._nothing[1]
+        if weights is not None:
+            buffers.weights = device.upload(weights, device.empty(len(weights), np.float32))
+        update = buffers.update
+        if update is None:
+            return
+        form = {"one_hot": offsets is None, "weighted": weights is not None}
+        if not update.serves(count, **form):
+            self._updates.remove(update)
+            buffers.update = self._make_update(count + count // 4, **form)
+
+    def _make_update(self, num_keys: int, *, one_hot: bool, weighted: bool) -> CapturedUpdate:
+        update = CapturedUpdate(
+            self._optimizer, self.store, self._mean, np.arange(self.first, self.first + len(self.specs)), num_keys,
+            one_hot=one_hot, weighted=weighted, deterministic=self._deterministic, device=self._device,
+        )  # fmt: skip
+        update.touched = self._touched
+        self._updates.append(update)
+        return update
+
+    def input_dist(self, buffers: CapturedBuffers, rows: int, global_rows: int) -> None:
+        """Take over the batch whose keys lie in ``buffers``, and bring its rows into order where an update needs it.
+
+        Args:
+            buffers: the batch's.
+            rows: B.
+            global_rows: the same.
+        """
+        buffers.num_rows, buffers.global_rows = rows, global_rows
+        if buffers.update is not None and rows:
+            buffers.update.prepare(self._keys(buffers), buffers.offsets, buffers.weights, rows)
+
+    def lookup(self, buffers: CapturedBuffers) -> None:
+        """Gather and pool, straight into the vectors."""
+        if self.specs and buffers.num_rows:
+            store = self.store
+            gather_pool(
+                store.weight, store.row_start, self._keys(buffers), buffers.offsets, buffers.weights, self.mean,
+                self.place, buffers.num_rows, buffers.vectors, device=self._device,
+            )  # fmt: skip
+
+    def output_dist(self, buffers: CapturedBuffers) -> None:
+        """Nothing: the vectors are where they are needed."""
+
+    def grad_dist(self, buffers: CapturedBuffers) -> None:
+        """Nothing: the gradients are where they are needed."""
+
+    def sparse_update(self, buffers: CapturedBuffers, scalars: Array, guard: Array) -> None:
+        """Update the rows that the batch looked up, from ``grad_vectors`` times the loss scale.
+
+        Args:
+            buffers: the batch's.
+            scalars: see ``dlrm.scalars``.
+            guard: see ``dlrm.scalars``.
+        """
+        assert buffers.update is not None, "forward only"
+        if buffers.num_rows:
+            buffers.update.update(
+                self._keys(buffers), buffers.offsets, buffers.weights, buffers.num_rows, buffers.grad_vectors, scalars,
+                guard,
+            )  # fmt: skip
+
+    def _keys(self, buffers: CapturedBuffers) -> Array:
+        return buffers.keys[: len(self.specs) * buffers.num_rows] if buffers.one_hot else buffers.keys
+
+
+def check_memory(specs: Sequence[TableSpec], optimizer: OptimizerConfig, itemsize: int, device: Device) -> None:
+    """Refuse tables that are too large before any of them is allocated.
+
+    Raises:
+        DeviceError: with the largest table, the need, the limit and the remedy.
+    """
+    free = device.free_memory()
+    state_bytes = bytes_per_row(optimizer, specs[0].dim, 4) - bytes_per_row(OptimizerConfig(), specs[0].dim, 4)
+    row_bytes = specs[0].dim * itemsize + state_bytes
+    need = sum(spec.rows for spec in specs) * row_bytes
+    if free is None or need <= free:
+        return
+    largest = max(specs, key=lambda spec: spec.rows)
+    halved = "; set embedding.table_precision: fp16" if itemsize > 2 else ""
+    raise DeviceError(
+        f"tables: {need / 2**30:.1f} GiB of rows and optimiser state (the largest, '{largest.name}', "
+        f"{largest.rows * row_bytes / 2**30:.1f}) do not fit the {free / 2**30:.1f} GiB that the GPU has free; use more "
+        f"GPUs{halved}, or fewer rows"
+    )
