@@ -97,8 +97,8 @@ class EmbeddingConfig:
     deduplicate: Literal["auto"] | bool = "auto"
     """Send each distinct row once per pair of ranks and batch; ``auto``: where that is predicted to be faster."""
     table_precision: Literal["fp32", "fp16", "bf16"] | None = None
-    """How rows are kept on a GPU; ``fp16`` and ``bf16`` are updated in fp32 and rounded at random, so that no small step
-    is lost. ``None``: fp32, with the run's ``fp64`` that."""
+    """How rows are kept on a GPU; ``fp16`` and ``bf16`` are updated in fp32 and rounded at random, so that no small
+    step is lost. ``None``: fp32, with the run's ``fp64`` that."""
     exchange_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Of vectors and gradients between ranks; tables and sums keep the run's precision."""
     all_to_all: Literal["auto", "flat", "hierarchical"] = "auto"

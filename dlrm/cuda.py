@@ -299,12 +299,11 @@ class CudaStreams:
         self._main = device.stream("main")
         self._streams = {name: device.stream(name) for name in names}
         self._capturing = False
-        start = self._record(self._main)
-        for stream in self._streams.values():
-            stream.wait_event(start.handle)
+        self._joined = True
 
     def issue(self, stream: str, work: Callable[[], None], after: Sequence[Event] = ()) -> CudaEvent:
         """See ``dlrm.device.Streams.issue``."""
+        self._fork()
         target = self._streams[stream]
         for event in after:
             assert isinstance(event, CudaEvent)
@@ -337,6 +336,15 @@ class CudaStreams:
             for event in events:
                 assert isinstance(event, CudaEvent)
                 stream.wait_event(event.handle)
+        self._joined = True
+
+    def _fork(self) -> None:
+        """Order all streams behind what the caller has put on the main one since the last ``join``."""
+        if self._joined and not self._capturing:
+            start = self._record(self._main)
+            for stream in self._streams.values():
+                stream.wait_event(start.handle)
+            self._joined = False
 
     def _capture(self, issue: Callable[[], Sequence[Event]]) -> Any:
         self._main.begin_capture()

@@ -108,6 +108,7 @@ class DenseModel:
         top = _layer_shapes("top", self.interaction_width, model.top_mlp)
         shapes = bottom | top
         stored = {name: (*shape[:-1], self._padded(shape[-1])) for name, shape in shapes.items()}
+        self._shapes, self._stored = shapes, stored
         size = sum(math.prod(shape) for shape in stored.values())
         parameter_dtype = np.promote_types(self.dtype, np.float32)
         self.flat_parameters: Array = device.zeros(size, parameter_dtype)
@@ -144,6 +145,24 @@ class DenseModel:
         """Make ``flat_weights`` what ``flat_parameters`` are, after these were set from elsewhere."""
         if self.flat_weights is not self.flat_parameters:
             self.device.convert(self.flat_parameters, self.flat_weights)
+
+    def pack(self, flat: Array) -> Array:
+        """A flat array of this layout, such as an optimiser's state, without the padding and on the host."""
+        if not self._is_padded:
+            return self.device.to_host(flat)
+        parts = _views(flat, self._stored, self._shapes).values()
+        return np.concatenate([self.device.to_host(part).reshape(-1) for part in parts])
+
+    def unpack(self, packed: Array, flat: Array) -> None:
+        """The inverse of ``pack``; what is padding stays."""
+        at = 0
+        for part in _views(flat, self._stored, self._shapes).values():
+            self.device.assign(packed[at : at + part.size].reshape(part.shape), part)
+            at += part.size
+
+    @property
+    def _is_padded(self) -> bool:
+        return self._stored != self._shapes
 
     def workspace(self, capacity: int, *, training: bool = True) -> DenseWorkspace:
         """Arrays for batches of up to ``capacity`` rows; with ``training``, for the backward pass too."""
@@ -197,10 +216,14 @@ class DenseModel:
         Returns:
             ``workspace.logits[:rows]``.
         """
-        device = self.device
-        crossed = interaction_forward(
-            workspace.vectors[:rows], workspace.interaction[:rows], first=self.first, device=device
+        interaction_forward(
+            workspace.vectors[:rows], workspace.interaction[:rows], first=self.first, device=self.device
         )
+        return self.top_mlp_forward(workspace, rows)
+
+    def top_mlp_forward(self, workspace: DenseWorkspace, rows: int) -> Array:
+        """The top MLP alone, over ``workspace.interaction[:rows]``; returns ``workspace.logits[:rows]``."""
+        device, crossed = self.device, workspace.interaction[:rows]
         hidden = _first_rows(workspace.top, rows)
         mlp_forward(crossed, self._top, hidden, _first_rows(workspace.top_masks, rows), device)
         logits = workspace.logits[:rows]

@@ -282,6 +282,6 @@ def check_memory(specs: Sequence[TableSpec], optimizer: OptimizerConfig, itemsiz
     halved = "; set embedding.table_precision: fp16" if itemsize > 2 else ""
     raise DeviceError(
         f"tables: {need / 2**30:.1f} GiB of rows and optimiser state (the largest, '{largest.name}', "
-        f"{largest.rows * row_bytes / 2**30:.1f}) do not fit the {free / 2**30:.1f} GiB that the GPU has free; use more "
-        f"GPUs{halved}, or fewer rows"
+        f"{largest.rows * row_bytes / 2**30:.1f}) do not fit the {free / 2**30:.1f} GiB that the GPU has free; use "
+        f"more GPUs{halved}, or fewer rows"
     )

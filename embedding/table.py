@@ -107,7 +107,8 @@ def create_shards(
         dim: D.
         device: where they lie.
         optimizer: decides the state.
-        dtype: float32 or float64, on a GPU also float16 or bfloat16 (uint16); the state is float32 where it is narrower.
+        dtype: float32 or float64, on a GPU also float16 or bfloat16 (uint16); the state is float32 where that is
+            narrower.
         seed: of the run; ``None``: nothing but speed matters, and everything is zero.
     """
     starts = [0, *np.cumsum([len(part.rows) for part in parts], dtype=np.int64).tolist()]

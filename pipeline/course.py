@@ -45,6 +45,7 @@ class Course:
     evaluations_since_best: int = 0
     ended: Reason | None = None
     stages_ms: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, list[float]] = field(default_factory=dict)
 
 
 def is_better(metric: str, value: float, best: float) -> bool:

@@ -19,7 +19,7 @@ from embedding.jagged import Jagged
 from pipeline.formats.batch import HostBatch, size_fault
 from pipeline.formats.jagged import JaggedReader
 from pipeline.formats.raw import RawReader, RowFiles, Rows
-from pipeline.formats.record_files import DecodedRecords, RecordFiles, RecordSource, prefers_direct
+from pipeline.formats.record_files import DecodedRecords, RecordFiles, RecordLayout, RecordSource, prefers_direct
 from pipeline.generated import SCHEME, GeneratedRecords, GeneratedRows, RowNumbers, parse_synthetic
 from pipeline.generator import DeviceRows
 from pipeline.manifest import Ceilings, FileInfo, Manifest, SplitInfo, TableInfo, read_manifest, unit_of
@@ -160,6 +160,11 @@ class Split:
             epochs=epochs,
         )
 
+    @property
+    def synthetic(self) -> bool:
+        """Whether its rows are made as they are read."""
+        return self._generated is not None
+
     def rows_on(self, device: Device) -> DeviceRows:
         """What makes the rows of a synthetic set on a device.
 
@@ -258,6 +263,14 @@ class Dataset:
     def tables(self) -> tuple[TableInfo, ...]:
         """The categorical features, in order."""
         return self.manifest.tables
+
+    @property
+    def layout(self) -> RecordLayout | None:
+        """Of its rows as they are stored, where a device may take them apart (``split_records``); else ``None``."""
+        if self.manifest.layout == "jagged":
+            return None
+        layout = RecordLayout.of(self.manifest)
+        return layout if layout.splittable and not self.manifest.missing_keys else None
 
     @property
     def key_dtype(self) -> str:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dlrm.config import RunConfig
 from dlrm.device import Device, HostDevice
 from dlrm.errors import CheckpointError, ConfigError
@@ -21,6 +19,8 @@ from embedding.topology import Topology, discover
 from pipeline.checkpoint import Checkpoint, check_compatible
 from pipeline.checkpoint_shards import pieces_of_shards, read_shards
 from pipeline.dataset import Dataset, load_dataset
+from pipeline.devices import DTYPES, make_device
+from pipeline.formats.record_files import RecordLayout
 from pipeline.frequency_orders import FrequentLists, list_name
 from pipeline.overlap import Schedule, choose, no_gain_on_host
 from pipeline.plan_agreement import agree_plan
@@ -36,6 +36,8 @@ class Engine:
     Attributes:
         comm: all ranks, for whatever is done between steps; each lane has a communicator of its own.
         carrier: the same ranks, for arrays of the device; ``None``: those go through the host's memory.
+        embedding: ``HybridEmbedding``, or on a GPU ``CapturedEmbedding``.
+        layout: of the records that the device takes apart itself; ``None``: it is handed decoded batches.
     """
 
     config: RunConfig
@@ -47,12 +49,13 @@ class Engine:
     model: DenseModel
     topology: Topology
     lists: FrequentLists
-    embedding: HybridEmbedding
+    embedding: Any
     optimizer: DenseOptimizer
     stages: Stages
     train_schedule: Schedule
     eval_schedule: Schedule
     carrier: Comm | None = None
+    layout: RecordLayout | None = None
 
     def describe_model(self) -> dict[str, Any]:
         """What a checkpoint has to match, as JSON values."""
@@ -73,8 +76,8 @@ class Engine:
         named: dict[str, Any] = {}
         if self.comm.rank == 0:
             named.update({list_name(table): rows for table, rows in self.lists.items()})
-            named.update(self.model.parameters)
-            named.update({f"optimizer.{name}": state for name, state in self.optimizer.state.items()})
+            named.update({name: self.device.to_host(weight) for name, weight in self.model.parameters.items()})
+            named.update({f"optimizer.{name}": self.model.pack(state) for name, state in self.optimizer.state.items()})
         named.update(pieces_of_shards(self.embedding.shards(), self._table_shapes(), self.comm.rank))
         return named
 
@@ -87,7 +90,8 @@ class Engine:
         with load_weights(Path(path)) as weights:
             check_weights(weights, self._weight_shapes())
             for name, target in self.model.parameters.items():
-                target[...] = weights[name]
+                self.device.assign(weights[name], target)
+            self.model.refresh_weights()
             for shard in self.embedding.shards():
                 whole = weights[f"table.{shard.table}"]
                 shard.weight[...] = whole[_slice(shard.rows), _slice(shard.columns)]
@@ -106,11 +110,13 @@ class Engine:
                     "export it and start from the weights with --init"
                 )
             check_compatible(checkpoint.meta["model"], self.describe_model())
-        dense = dict(self.model.parameters)
+        for name, target in self.model.parameters.items():
+            self.device.assign(_read(checkpoint, name, target.shape), target)
+        self.model.refresh_weights()
         if states:
-            dense |= {f"optimizer.{name}": state for name, state in self.optimizer.state.items()}
-        for name, target in dense.items():
-            _read(checkpoint, name, target)
+            size = (sum(weight.size for weight in self.model.parameters.values()),)
+            for name, state in self.optimizer.state.items():
+                self.model.unpack(_read(checkpoint, f"optimizer.{name}", size), state)
         read_shards(checkpoint, self.embedding.shards(), self._table_shapes(), states=states)
         self.embedding.spread()
 
@@ -143,48 +149,42 @@ def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved: Checkpoi
         )
     if config.data.verify and comm.rank == 0:
         dataset.verify()
-    device = HostDevice(threads)
-    dtype = np.float64 if config.precision == "fp64" else np.float32
+    topology = discover(comm)
+    device = make_device(config, topology, threads)
+    captures = not isinstance(device, HostDevice)
     model = DenseModel(
         model=config.model,
         num_dense=dataset.num_dense,
         num_tables=places_of(table_specs(config, dataset.tables), 0)[1],
-        dtype=dtype,
+        dtype=DTYPES[config.precision],
         device=device,
         seed=config.seed,
     )
-    topology = discover(comm)
-    plan, lists = agree_plan(config, dataset, comm=comm, topology=topology, device=device, saved=saved)
+    plan, lists = agree_plan(config, dataset, comm=comm, topology=topology, device=device.host, saved=saved)
+    optimizer = DenseOptimizer(config.optimizer, model.flat_parameters.size, model.flat_parameters.dtype, device)
     # A lane has its own order of collectives, which must not meet those of another one.
     embedding_comm, dense_comm = (comm.split(0, comm.rank) for _ in range(2))
-    embedding = HybridEmbedding(
-        specs=plan.specs,
-        plan=plan,
-        comm=embedding_comm,
-        device=device,
-        optimizer=config.table_optimizer,
-        dtype=dtype,
-        seed=config.seed,
-        first=model.first,
-        exchange_precision=config.embedding.exchange_precision,
-        all_to_all=Hierarchical(embedding_comm, topology)
-        if plan.all_to_all == "hierarchical"
-        else Flat(embedding_comm),
-        topology=topology,
-        lists=lists,
-    )
-    optimizer = DenseOptimizer(config.optimizer, model.flat_parameters.size, dtype, device)
-    stages = Stages(
-        model=model,
-        embedding=embedding,
-        comm=dense_comm,
-        device=device,
-        optimizer=optimizer,
-        dense_lr=config.optimizer.lr,
-        table_lr=config.table_optimizer.lr,
-        rates=config.learning_rate,
-    )
-    no_gain = no_gain_on_host(comm.size, topology.num_nodes)
+    common: dict[str, Any] = {"model": model, "device": device, "optimizer": optimizer}
+    embedding: Any
+    stages: Stages
+    layout = None
+    if captures:
+        from pipeline.engine_cuda import build_captured, build_stages
+
+        layout = dataset.layout
+        embedding = build_captured(config, plan, embedding_comm, device, model.first)
+        stages = build_stages(config, embedding=embedding, comm=dense_comm, layout=layout, **common)
+    else:
+        embedding = _hybrid(config, plan, embedding_comm, topology, lists, model)
+        stages = Stages(
+            embedding=embedding,
+            comm=dense_comm,
+            dense_lr=config.optimizer.lr,
+            table_lr=config.table_optimizer.lr,
+            rates=config.learning_rate,
+            **common,
+        )
+    train_schedule, eval_schedule = _schedules(config, topology, comm.size, stages)
     return Engine(
         config=config,
         dataset=dataset,
@@ -198,22 +198,53 @@ def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved: Checkpoi
         embedding=embedding,
         optimizer=optimizer,
         stages=stages,
-        train_schedule=choose(config.overlap, "train", no_gain),
-        eval_schedule=choose(config.overlap, "eval", no_gain),
+        train_schedule=train_schedule,
+        eval_schedule=eval_schedule,
+        layout=layout,
     )
 
 
-def _read(checkpoint: Checkpoint, name: str, target: Any) -> None:
+def _hybrid(
+    config: RunConfig, plan: Plan, comm: Comm, topology: Topology, lists: FrequentLists, model: DenseModel
+) -> HybridEmbedding:
+    """The tables of a rank of CPUs."""
+    return HybridEmbedding(
+        specs=plan.specs,
+        plan=plan,
+        comm=comm,
+        device=model.device,
+        optimizer=config.table_optimizer,
+        dtype=model.dtype,
+        seed=config.seed,
+        first=model.first,
+        exchange_precision=config.embedding.exchange_precision,
+        all_to_all=Hierarchical(comm, topology) if plan.all_to_all == "hierarchical" else Flat(comm),
+        topology=topology,
+        lists=lists,
+    )
+
+
+def _schedules(config: RunConfig, topology: Topology, ranks: int, stages: Stages) -> tuple[Schedule, Schedule]:
+    """Of training and of evaluation."""
+    if isinstance(stages.device, HostDevice):
+        no_gain = no_gain_on_host(ranks, topology.num_nodes)
+        return choose(config.overlap, "train", no_gain), choose(config.overlap, "eval", no_gain)
+    from pipeline.engine_cuda import fused_schedule, guarded
+    from pipeline.stages_cuda import CudaStages
+
+    assert isinstance(stages, CudaStages)
+    train, evaluation = (choose(config.overlap, what, None) for what in ("train", "eval"))
+    return guarded(train, stages), fused_schedule(evaluation) if stages.fused else evaluation
+
+
+def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Any:
     entry = checkpoint.entry(name)
-    if entry.shape != target.shape:
+    if entry.shape != shape:
         raise CheckpointError(
             f"checkpoint {checkpoint.path}: {name} has shape {list(entry.shape)}, but the model needs "
-            f"{list(target.shape)}; use a checkpoint of this model"
+            f"{list(shape)}; use a checkpoint of this model"
         )
-    if target.dtype == np.dtype(entry.dtype):
-        checkpoint.read(name, out=target)
-    else:  # weights of another precision
-        target[...] = checkpoint.read(name)
+    return checkpoint.read(name)
 
 
 def _slice(numbers: range) -> slice:

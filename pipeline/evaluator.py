@@ -8,7 +8,7 @@ stream and a communicator of its own, beside the next training steps.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,10 +21,11 @@ from embedding.comm import Comm
 from embedding.topology import share_of, start_of
 from pipeline.curves import Curves
 from pipeline.dataset import Split
+from pipeline.device_feed import Origin
 from pipeline.engine import Engine
-from pipeline.flight import Flight
+from pipeline.feed import Batches, evaluation_batches, evaluation_origin
 from pipeline.host_memory import available_memory
-from pipeline.loader import LoadedBatch, Loader
+from pipeline.loader import LoadedBatch
 from pipeline.metrics import Metrics, evaluate_scores
 from pipeline.schedule import Clock, execute, ring_size
 
@@ -75,16 +76,14 @@ class Evaluator:
         self.batch_size = min(engine.config.eval.batch_size, max(split.rows, 1))
         capacity = -(-self.batch_size // engine.comm.size)
         self._ring = [
-            Flight.allocate(
-                capacity, model=engine.model, embedding=engine.embedding, device=engine.device, training=False
-            )
-            for _ in range(ring_size(engine.eval_schedule.rows))
+            engine.stages.flight(capacity, training=False) for _ in range(ring_size(engine.eval_schedule.rows))
         ]
         rows = sum(self._share(start) for start in range(0, split.rows, self.batch_size))
         self._logits = engine.device.empty(rows, self._ring[0].workspace.logits.dtype)
         self._labels = engine.device.empty(rows, self._ring[0].labels.dtype)
         self.cached: list[LoadedBatch] | None = None
         self._keeps: bool | None = None
+        self._origin: Origin | None = None
         self._forward_seconds = 0.0
 
     def _share(self, start: int) -> int:
@@ -128,31 +127,20 @@ class Evaluator:
         scoring = time.perf_counter() - start
         return Evaluation(self.name, metrics, curves, self._forward_seconds + scoring, self.split.rows, scoring)
 
-    def _batches(self, stack: ExitStack) -> Iterator[LoadedBatch]:
+    def _batches(self, stack: ExitStack) -> Batches:
         """This rank's batches, from memory once a pass has kept them."""
         if self.cached is not None:
             return iter(self.cached)
-        engine = self.engine
-        loader = Loader(
-            self.split,
-            batch_size=self.batch_size,
-            rank=engine.comm.rank,
-            ranks=engine.comm.size,
-            seed=engine.config.seed,
-            shuffle=False,
-            window=self.batch_size,
-            drop_last=False,
-            prefetch=engine.config.data.prefetch,
-            readers=engine.config.data.readers,
-            epochs=1,
-        )
-        stack.enter_context(loader)
-        return self._keeping(loader)
+        if self._origin is None:
+            self._origin = evaluation_origin(self.engine, self.split, self.batch_size)
+        batches = stack.enter_context(evaluation_batches(self.engine, self.split, self.batch_size, self._origin))
+        return batches if self.engine.layout is not None else self._keeping(batches)
 
-    def _keeping(self, loader: Iterable[LoadedBatch]) -> Iterator[LoadedBatch]:
+    def _keeping(self, loader: Batches) -> Iterator[LoadedBatch]:
         kept: list[LoadedBatch] = []
         count = -(-self.split.rows // self.batch_size)
         for batch in loader:
+            assert isinstance(batch, LoadedBatch)
             if self._keeps is None:
                 self._keeps = self.engine.config.eval.cache and self._fits(count * batch.host.nbytes)
             if self._keeps:

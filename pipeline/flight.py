@@ -10,8 +10,8 @@ from typing import Any
 
 from dlrm.device import Device, Recording
 from dlrm.model import DenseModel, DenseWorkspace
-from embedding.hybrid import HybridBuffers, HybridEmbedding
 from embedding.jagged import Jagged
+from pipeline.device_feed import DeviceBatch
 from pipeline.loader import LoadedBatch
 
 
@@ -25,16 +25,18 @@ class Flight:
         epoch: number of the pass over the data, from 0.
         rows: B, this rank's valid rows; may be 0.
         global_rows: rows of the whole batch over all ranks, which the loss divides by.
-        labels: [capacity] 0 or 1, in the model's dtype.
+        labels: [capacity] 0 or 1, in the parameters' dtype.
         dense: [capacity, model.dense_columns] in the model's dtype.
         keys: this rank's keys of all tables.
         workspace: activations of the dense part; ``workspace.vectors`` [capacity, 1 + T, D] is where the lanes meet.
         embedding: keys, vectors and gradients on their way between ranks.
         loss: this rank's part of the mean loss over the global batch.
+        staging: what the stages of a GPU keep of the batch besides.
+        capturable: whether a graph may be made of its work.
         recording: of the work that is issued for every whole batch of this place of the ring.
     """
 
-    batch: LoadedBatch | None = None
+    batch: LoadedBatch | DeviceBatch | None = None
     step: int = 0
     epoch: int = 0
     rows: int = 0
@@ -43,14 +45,16 @@ class Flight:
     dense: Any
     keys: Jagged | None = None
     workspace: DenseWorkspace
-    embedding: HybridBuffers
+    embedding: Any
     loss: float = 0.0
+    staging: Any = None
+    capturable: bool = True
     recording: Recording = field(default_factory=Recording)
 
     @property
     def whole(self) -> bool:
-        """Whether the batch fills it."""
-        return self.rows == len(self.labels)
+        """Whether the batch fills it, and it is like any other that does."""
+        return self.capturable and self.rows == len(self.labels)
 
     @classmethod
     def allocate(
@@ -58,20 +62,20 @@ class Flight:
         capacity: int,
         *,
         model: DenseModel,
-        embedding: HybridEmbedding,
+        embedding: Any,
         device: Device,
         training: bool,
     ) -> Flight:
         """A Flight for batches of up to ``capacity`` rows on this rank."""
         workspace = model.workspace(capacity, training=training)
         return cls(
-            labels=device.empty((capacity,), model.dtype),
+            labels=device.empty((capacity,), model.flat_parameters.dtype),
             dense=device.zeros((capacity, model.dense_columns), model.dtype),
             workspace=workspace,
             embedding=embedding.buffers(capacity, workspace.vectors, workspace.grad_vectors),
         )
 
-    def accept(self, batch: LoadedBatch) -> None:
+    def accept(self, batch: LoadedBatch | DeviceBatch) -> None:
         """Take the next batch; whatever the last one left is overwritten stage by stage."""
         self.batch = batch
         self.step = batch.step

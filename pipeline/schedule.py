@@ -13,6 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from dlrm.device import Device, Event, Recording, Streams
+from pipeline.device_feed import DeviceBatch
 from pipeline.flight import Flight
 from pipeline.loader import LoadedBatch
 from pipeline.stages import S, Stages
@@ -100,7 +101,7 @@ def execute(
     *,
     stages: Stages,
     ring: Sequence[Flight],
-    batches: Iterator[LoadedBatch],
+    batches: Iterator[LoadedBatch | DeviceBatch],
     device: Device,
     clock: Clock | None = None,
 ) -> Iterator[Flight]:

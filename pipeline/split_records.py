@@ -12,12 +12,6 @@ from dlrm.device import Array, Device
 from pipeline.formats.record_files import RecordLayout
 
 
-def can_split(layout: RecordLayout, missing_keys: bool) -> bool:
-    """Whether ``split_records`` takes rows of this layout: one key for each table, no weights, below 2^31 rows."""
-    one_key = all(count == 1 for count in layout.hotness)
-    return one_key and not missing_keys and not layout.weighted and all(rows < 2**31 for rows in layout.table_rows)
-
-
 def split_records(
     records: Array,
     index: Array | None,
@@ -39,7 +33,7 @@ def split_records(
         index: [G] int64, which of ``records``; ``None``: the first G.
         num_rows: G.
         own: which of the G are this rank's B.
-        layout: where a record's columns are; see ``can_split``.
+        layout: where a record's columns are; see its ``splittable``.
         table_rows: [T] int32.
         labels: [B or more] float32, written: 0 or 1.
         dense: [B or more, C] float32, float16 or bfloat16 (uint16), written; columns behind the layout's are 0.

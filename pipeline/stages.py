@@ -6,8 +6,9 @@ The order, the streams and the overlap are not here but in ``pipeline.schedule``
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from dlrm.config import LearningRateConfig
 from dlrm.device import Device
@@ -18,6 +19,7 @@ from dlrm.optim import DenseOptimizer
 from embedding.comm import Comm
 from embedding.hybrid import HybridEmbedding
 from pipeline.flight import Flight
+from pipeline.loader import LoadedBatch
 
 
 class S(StrEnum):
@@ -61,6 +63,29 @@ def uses(reads: str, writes: str) -> Callable[[StageFunction], StageFunction]:
     return declare
 
 
+class Outcome(Protocol):
+    """What came of a step."""
+
+    def loss(self) -> float:
+        """This rank's part of the mean loss; waits for it.
+
+        Raises:
+            DataError: the device found a row of the batch wrong.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HostOutcome:
+    """A loss that is there already."""
+
+    value: float
+
+    def loss(self) -> float:
+        """It."""
+        return self.value
+
+
 class Stages:
     """The stages over one model: dense part, embedding tables and their optimisers."""
 
@@ -86,6 +111,27 @@ class Stages:
         self.table_lr = table_lr
         self.rates = rates or LearningRateConfig()
 
+    def flight(self, capacity: int, *, training: bool) -> Flight:
+        """A Flight for up to ``capacity`` rows on this rank; with ``training``, for the backward pass too."""
+        return Flight.allocate(
+            capacity, model=self.model, embedding=self.embedding, device=self.device, training=training
+        )
+
+    def outcome(self, flight: Flight) -> Outcome:
+        """What came of the Flight's step, for the host to look at later."""
+        return HostOutcome(flight.loss)
+
+    def counts(self) -> dict[str, int]:
+        """What a progress record tells of the steps besides."""
+        return {}
+
+    def state(self) -> dict[str, list[float]]:
+        """What goes from step to step besides weights and optimisers' state."""
+        return {}
+
+    def restore(self, state: dict[str, list[float]]) -> None:
+        """Take over what ``state`` gave."""
+
     def rate(self, step: int, base: float) -> float:
         """Learning rate of a step under the config's warm-up and decay."""
         return learning_rate(self.rates, base, step)
@@ -97,7 +143,7 @@ class Stages:
     @uses(reads="batch", writes="batch labels dense keys")
     def upload(self, flight: Flight) -> None:
         """Copy the loader's batch to the device, in the model's precision."""
-        assert flight.batch is not None
+        assert isinstance(flight.batch, LoadedBatch)
         host, rows = flight.batch.host, flight.rows
         self.device.upload(host.labels, flight.labels[:rows])
         self.device.upload(host.dense, flight.dense[:rows])

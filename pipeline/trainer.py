@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,13 +24,15 @@ from pipeline.config_agreement import agree_config
 from pipeline.course import HIGHER_IS_BETTER, Course, Reason, TrainResult, is_better
 from pipeline.engine import Engine, build_engine
 from pipeline.evaluator import BackgroundEvaluations, Evaluation, final_split
+from pipeline.feed import training_batches
 from pipeline.flight import Flight
-from pipeline.loader import Loader, steps_per_epoch
+from pipeline.loader import steps_per_epoch
 from pipeline.progress import ProgressWriter
 from pipeline.resumption import check_resumable, rule_changed
 from pipeline.run_trace import RunTrace
 from pipeline.saving import RunSaver
 from pipeline.schedule import execute, ring_size
+from pipeline.stages import Outcome
 from pipeline.summary import report_of, write_report
 
 
@@ -55,7 +58,11 @@ class Trainer:
         self.course = Course()
         self._trace = RunTrace(config.trace, device=self.engine.device, comm=comm, directory=self.directory)
         self._control = np.zeros(3)
-        self._warm = False
+        self._issued: deque[tuple[int, Outcome]] = deque()
+        self._loss = 0.0
+        # Of every place of the ring the first batch runs as it is, the second one while it is captured.
+        captured = 2 * ring_size(self.engine.train_schedule.rows)
+        self._cold_steps = captured if self.engine.device.steps_behind else 1
         self._evaluations = BackgroundEvaluations(self.engine, self._note_evaluation)
         self._decides = config.train.target or config.train.early_stop
         if self._decides:
@@ -117,6 +124,7 @@ class Trainer:
             check_resumable(checkpoint, self.config)
             self.engine.load_checkpoint(checkpoint, states=True)
             self.course = Course(**checkpoint.meta["course"])
+            self.engine.stages.restore(self.course.stages)
             if rule_changed(checkpoint, self.config, "early_stop", "metric"):
                 self.course.best, self.course.evaluations_since_best = None, 0  # of another metric
             if self._asks_for_more(checkpoint):
@@ -147,38 +155,17 @@ class Trainer:
     def _steps(self) -> Reason:
         config, engine = self.config, self.engine
         capacity = -(-config.data.batch_size // self.comm.size)
-        ring = [
-            Flight.allocate(
-                capacity, model=engine.model, embedding=engine.embedding, device=engine.device, training=True
-            )
-            for _ in range(ring_size(engine.train_schedule.rows))
-        ]
-        loader = Loader(
-            self.split,
-            batch_size=config.data.batch_size,
-            rank=self.comm.rank,
-            ranks=self.comm.size,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-            window=config.data.shuffle_window,
-            drop_last=config.data.drop_last,
-            prefetch=config.data.prefetch,
-            block=config.data.shuffle_block,
-            readers=config.data.readers,
-            start_step=self.course.step,
-            stop_step=self.steps,
-            epochs=config.train.epochs,
-        )
+        ring = [engine.stages.flight(capacity, training=True) for _ in range(ring_size(engine.train_schedule.rows))]
         if self._evaluation_due() and (reason := self._judge(self._evaluate(config.eval.split))):
             return reason  # a stop came between this step and its evaluation
         self._trace.start_training(self.course.step)
-        self._reset_window()
-        with loader:
+        with training_batches(engine, self.split, start_step=self.course.step, stop_step=self.steps) as batches:
+            self._reset_window()
             for flight in execute(
                 engine.train_schedule.rows,
                 stages=engine.stages,
                 ring=ring,
-                batches=iter(loader),
+                batches=batches,
                 device=engine.device,
                 clock=self._trace.clock,
             ):
@@ -193,24 +180,19 @@ class Trainer:
         course.samples += flight.global_rows
         self._window_steps += 1
         self._window_samples += flight.global_rows
-        if not self._warm:
-            self._warm = True
-            self._cold_seconds = time.perf_counter() - self._window_start
-            self._cold_samples = flight.global_rows
-        loss, stopping, scored = self._agree(flight.loss)
+        self._issued.append((step, self.engine.stages.outcome(flight)))
+        stopping, scored = self._look(self.engine.device.steps_behind)
         if scored:
             self._evaluations.end()
-        if not math.isfinite(loss):
-            raise CrosslaneError(
-                f"loss is {loss} at step {step}; lower optimizer.lr (now {self.config.optimizer.lr}) or lengthen "
-                f"learning_rate.warmup_steps; the last checkpoint is kept"
-            )
+        self._warm_up(flight)
         last = step == self.steps
         if step % train.progress_every == 0 or last or stopping:
-            self._write_step(flight, loss)
+            self._look(0)
+            self._write_step(flight, self._loss)
         if stopping:
             return "stopped"
         if self._evaluation_due():
+            self._look(0)
             with self._pause():
                 if self._decides is None:  # nothing waits for the metrics: they come behind the next steps
                     course.evaluated_step = step
@@ -218,9 +200,39 @@ class Trainer:
                 elif reason := self._judge(self._evaluate(self.config.eval.split)):
                     return reason
         if train.checkpoint_every and step % train.checkpoint_every == 0 and not last:
+            self._look(0)
             with self._pause():
                 self._save()
         return None
+
+    def _look(self, behind: int) -> tuple[bool, bool]:
+        """Look at the losses of all steps but the last ``behind``; (whether to stop, whether all have scored).
+
+        Raises:
+            CrosslaneError: a loss is not a number.
+        """
+        stopping = scored = False
+        if len(self._issued) <= behind:
+            _, stopping, scored = self._agree(0.0)
+        while len(self._issued) > behind:
+            step, outcome = self._issued.popleft()
+            self._loss, stop_now, scored_now = self._agree(outcome.loss())
+            stopping, scored = stopping or stop_now, scored or scored_now
+            if not math.isfinite(self._loss):
+                raise CrosslaneError(
+                    f"loss is {self._loss} at step {step}; lower optimizer.lr (now {self.config.optimizer.lr}) or "
+                    f"lengthen learning_rate.warmup_steps; the last checkpoint is kept"
+                )
+        return stopping, scored
+
+    def _warm_up(self, flight: Flight) -> None:
+        """Leave a process's first steps out of the rate: kernels are compiled, and on a GPU measured and captured."""
+        if self._cold_steps:
+            self._cold_steps -= 1
+            if not self._cold_steps:
+                self._look(0)
+            self._cold_seconds = time.perf_counter() - self._window_start
+            self._cold_samples += flight.global_rows
 
     def _evaluation_due(self) -> bool:
         every, step = self.config.train.eval_every, self.course.step
@@ -264,6 +276,7 @@ class Trainer:
             loss=loss,
             lr=stages.rate(flight.step, stages.dense_lr),
             stages_ms=self.course.stages_ms,
+            **stages.counts(),
         )
         self._reset_window()
 
@@ -296,6 +309,7 @@ class Trainer:
     def _save(self, name: str | None = None) -> Path:
         self._evaluations.end()  # a resumed run does not evaluate this step again
         self.course.seconds = time.perf_counter() - self._began
+        self.course.stages = self.engine.stages.state()
         meta = {
             "config": to_values(self.config),
             "model": self.engine.describe_model(),

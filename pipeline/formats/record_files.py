@@ -73,6 +73,12 @@ class RecordLayout:
             weighted=manifest.weighted,
         )
 
+    @property
+    def splittable(self) -> bool:
+        """Whether ``pipeline.split_records`` takes them: one key for each table, no weights, tables below 2^31 rows."""
+        one_key = all(count == 1 for count in self.hotness)
+        return one_key and not self.weighted and all(rows < 2**31 for rows in self.table_rows)
+
 
 class RecordSource(Protocol):
     """Where records come from: files, or a generator.

@@ -1,0 +1,278 @@
+"""The stages of a step on a GPU: the order and the names of ``pipeline.stages``, over kernels that a graph can replay.
+
+What changes from step to step lies in the Flight's block of scalars; ``guard`` goes from step to step on the device.
+Shapes: B rows of this rank, G rows of the batch, C dense columns with their padding, V words of a record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dlrm.config import LearningRateConfig, OptimizerConfig
+from dlrm.device import Array, Device, Reading
+from dlrm.interaction import gather_interaction
+from dlrm.loss_cuda import partials_of
+from dlrm.model import DenseModel
+from dlrm.optim import DenseOptimizer
+from dlrm.optim import constants as dense_constants
+from dlrm.scalars import NOT_FINITE, SIZE, SKIPPED_STEPS, write_guard, write_scalars
+from embedding.comm import Comm
+from embedding.sparse_optim import constants as sparse_constants
+from pipeline.device_feed import DeviceBatch
+from pipeline.flight import Flight
+from pipeline.formats.record_files import RecordLayout
+from pipeline.loader import LoadedBatch
+from pipeline.record_loader import RecordBatch
+from pipeline.split_records import split_records
+from pipeline.stages import Stages
+
+
+@dataclass(slots=True, kw_only=True)
+class Staging:
+    """What a Flight has on a GPU besides.
+
+    Attributes:
+        scalars: see ``dlrm.scalars``.
+        outcome: [2] float64: the loss, and as an integer 1 + the place of a faulty record.
+        partials: room for the sum of the loss.
+        records: [G, V] uint32, where records are brought or made; ``None``: decoded batches come.
+        numbers: [G, 2] uint32, numbers of rows.
+        host: the batch, whom a fault is asked of.
+        fused: look-up and interaction run as one kernel.
+    """
+
+    scalars: Array
+    outcome: Array
+    partials: Array
+    records: Array | None = None
+    numbers: Array | None = None
+    host: RecordBatch | None = None
+    fused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CudaOutcome:
+    """A step's loss on its way to the host."""
+
+    reading: Reading
+    host: RecordBatch | None
+
+    def loss(self) -> float:
+        """This rank's part of the mean loss; waits for it.
+
+        Raises:
+            DataError: a record of the batch is wrong.
+        """
+        values = self.reading.values()
+        if (fault := int(values[1:].view(np.int32)[0])) and self.host is not None:
+            raise self.host.fault(fault - 1)
+        return float(values[0])
+
+
+class CudaStages(Stages):
+    """The stages over one model on this rank's GPU.
+
+    Args:
+        model: dense part.
+        embedding: tables (``CapturedEmbedding``, or the one of several ranks).
+        comm: of the dense lane, for buffers of the device.
+        device: the GPU.
+        layout: of the records; ``None``: decoded batches come.
+        optimizer: of the dense part; ``None``: forward only.
+        dense: its config.
+        tables: config of the tables' optimiser.
+        rates: schedule of the learning rate.
+        seed: of the run.
+        loss_scale: factor of all gradients at the start.
+        dynamic: whether it changes, and steps with gradients that are not finite are skipped.
+        growth_interval: good steps after which it is doubled.
+        fused_eval: whether forward passes run look-up and interaction as one kernel.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: DenseModel,
+        embedding: Any,
+        comm: Comm,
+        device: Device,
+        layout: RecordLayout | None,
+        optimizer: DenseOptimizer | None,
+        dense: OptimizerConfig,
+        tables: OptimizerConfig,
+        rates: LearningRateConfig,
+        seed: int,
+        loss_scale: float,
+        dynamic: bool,
+        growth_interval: int,
+        fused_eval: bool,
+    ) -> None:
+        super().__init__(
+            model=model, embedding=embedding, comm=comm, device=device, optimizer=optimizer, dense_lr=dense.lr,
+            table_lr=tables.lr, rates=rates,
+        )  # fmt: skip
+        self._tables_of_rank = embedding
+        self._dense, self._tables, self._seed = dense, tables, seed
+        self._layout, self.fused = layout, fused_eval
+        self.dynamic, self._growth = dynamic, growth_interval
+        xp = device.xp
+        self.guard = xp.asarray(write_guard(np.empty(SIZE, np.float32), loss_scale))
+        self._table_rows = xp.asarray([] if layout is None else layout.table_rows, np.int32)
+
+    def flight(self, capacity: int, *, training: bool) -> Flight:
+        """See ``Stages.flight``."""
+        flight = super().flight(capacity, training=training)
+        device = self.device
+        staging = Staging(
+            scalars=device.zeros(SIZE, np.float32),
+            outcome=device.zeros(2, np.float64),
+            partials=device.empty(partials_of(capacity), np.float64),
+            fused=self.fused and not training,
+        )
+        if self._layout is not None:
+            batch = capacity * self.comm.size
+            staging.records = device.empty((batch, self._layout.words), np.uint32)
+            staging.numbers = device.empty((batch, 2), np.uint32)
+        flight.staging = staging
+        return flight
+
+    def counts(self) -> dict[str, int]:
+        """With dynamic loss scaling the steps whose gradients were not finite, so far; waits for them."""
+        if not self.dynamic:
+            return {}
+        return {"skipped_steps": int(self.device.to_host(self.guard).view(np.int32)[SKIPPED_STEPS])}
+
+    def state(self) -> dict[str, list[float]]:
+        """The guard, its integers as bits of floats."""
+        return {"guard": self.device.to_host(self.guard).view(np.int32).tolist()}
+
+    def restore(self, state: dict[str, list[float]]) -> None:
+        """See ``Stages.restore``; of another kind of loss scaling only the counts are kept."""
+        if "guard" not in state:
+            return
+        guard = np.array(state["guard"], np.int32).view(np.float32)
+        if not self.dynamic:
+            guard[:2] = self.device.to_host(self.guard)[:2]
+        self.device.upload(guard, self.guard)
+
+    def outcome(self, flight: Flight) -> CudaOutcome:
+        """See ``Stages.outcome``."""
+        return CudaOutcome(self.device.read_later(flight.staging.outcome), flight.staging.host)
+
+    # --- the stages, in the order of ``S``
+
+    def upload(self, flight: Flight) -> None:
+        """Send this step's scalars and the batch, and take it apart."""
+        batch, staging = flight.batch, flight.staging
+        flight.batch = None
+        lr = self.rate(flight.step, self.table_lr)
+        block = write_scalars(
+            np.empty(SIZE, np.float32),
+            lr=self.rate(flight.step, self.dense_lr),
+            global_rows=flight.global_rows,
+            valid_rows=flight.rows,
+            step=flight.step,
+            seed=self._seed,
+            sparse=sparse_constants(self._tables, lr, flight.step).tolist(),
+            dense=dense_constants(self._dense, flight.step),
+        )
+        self.device.upload(block, staging.scalars)
+        if isinstance(batch, DeviceBatch):
+            self._take_apart(flight, batch)
+        else:
+            assert isinstance(batch, LoadedBatch)
+            self._take_decoded(flight, batch)
+
+    def _take_apart(self, flight: Flight, batch: DeviceBatch) -> None:
+        device, staging, host, layout = self.device, flight.staging, batch.host, self._layout
+        assert layout is not None
+        staging.host = host
+        rows, index = len(host.records), None
+        records = staging.records
+        if batch.origin is None:
+            device.upload(host.records, records[:rows])
+        else:
+            numbers = device.upload(host.records, staging.numbers[:rows]).view(np.int64).reshape(-1)
+            records, index = batch.origin.records(numbers, staging.records[:rows])
+        host.hold(device.mark())
+        split_records(
+            records, index, rows, host.own, layout, self._table_rows, flight.labels, flight.dense,
+            flight.embedding.keys, staging.outcome[1:].view(np.int32), device=device,
+        )  # fmt: skip
+
+    def _take_decoded(self, flight: Flight, batch: LoadedBatch) -> None:
+        device, rows, host = self.device, flight.rows, batch.host
+        flight.capturable = False
+        device.upload(host.labels.astype(np.float32), flight.labels[:rows])
+        device.assign(host.dense, flight.dense[:rows, : host.dense.shape[1]])
+        keys = host.keys
+        self._tables_of_rank.take_bags(keys.keys, keys.offsets, keys.weights, flight.embedding)
+
+    def input_dist(self, flight: Flight) -> None:
+        """Bring the batch's keys where they are needed, and into order."""
+        self._tables_of_rank.input_dist(flight.embedding, flight.rows, flight.global_rows)
+
+    def lookup(self, flight: Flight) -> None:
+        """Gather and pool; nothing where the interaction does it."""
+        if not flight.staging.fused:
+            self.embedding.lookup(flight.embedding)
+
+    def top_forward(self, flight: Flight) -> None:
+        """Interaction and top MLP."""
+        if not flight.staging.fused:
+            self.model.top_forward(flight.workspace, flight.rows)
+            return
+        work, rows, store = flight.workspace, flight.rows, self._tables_of_rank.store
+        keys = flight.embedding.keys[: len(store.row_start) * rows]
+        gather_interaction(
+            work.vectors[:, 0], store.weight, store.row_start, keys, rows, work.interaction[:rows],
+            first=self.model.first, device=self.device,
+        )  # fmt: skip
+        self.model.top_mlp_forward(work, rows)
+
+    def loss(self, flight: Flight) -> None:
+        """Binary cross-entropy and its gradient, times the loss scale."""
+        rows, work, staging = flight.rows, flight.workspace, flight.staging
+        assert work.grad_logits is not None
+        self._kernel("dlrm.optim", "begin_step")(self.guard)
+        self._kernel("dlrm.loss", "loss_and_gradient")(
+            work.logits[:rows], flight.labels[:rows], work.grad_logits[:rows], staging.outcome[:1], staging.scalars,
+            self.guard, staging.partials,
+        )  # fmt: skip
+
+    def reduce_dense(self, flight: Flight) -> None:
+        """Sum the dense gradients over ranks; with dynamic loss scaling, see whether all gradients are finite."""
+        gradients = self.model.flat_gradients
+        if self.comm.size > 1:
+            self.comm.all_reduce(gradients).wait()
+        if not self.dynamic:
+            return
+        check = self._kernel("dlrm.optim", "check_finite")
+        check(gradients, self.guard)
+        assert flight.workspace.grad_vectors is not None
+        check(flight.workspace.grad_vectors[: flight.rows].reshape(-1), self.guard)
+        if self.comm.size > 1:
+            self.comm.all_reduce(self.guard[NOT_FINITE : NOT_FINITE + 1].view(np.int32), "max").wait()
+
+    def sparse_update(self, flight: Flight) -> None:
+        """Update the rows that the batch touched."""
+        self._tables_of_rank.sparse_update(flight.embedding, flight.staging.scalars, self.guard)
+
+    def dense_update(self, flight: Flight) -> None:
+        """Update the dense parameters and their narrow copy, and end the step."""
+        model, optimizer = self.model, self.optimizer
+        assert optimizer is not None
+        weights = None if model.flat_weights is model.flat_parameters else model.flat_weights
+        self._kernel("dlrm.optim", self._dense.kind)(
+            model.flat_parameters, model.flat_gradients, *optimizer.state.values(), weights, flight.staging.scalars,
+            self.guard,
+        )  # fmt: skip
+        self._kernel("dlrm.optim", "end_step")(self.guard, self._growth, self.dynamic)
+
+    def _kernel(self, module: str, name: str) -> Any:
+        kernel = self.device.kernel(module, name)
+        assert kernel is not None, f"{module}.{name} has no CUDA form"
+        return kernel
