@@ -125,12 +125,6 @@ class CudaDevice:
         """Bytes that can be allocated, those that CuPy keeps for reuse included."""
         return self.memory()[0] + int(cupy.get_default_memory_pool().free_bytes())
 
-    def mark(self) -> CudaEvent:
-        """An event behind all that was issued on the current stream."""
-        event = cupy.cuda.Event(disable_timing=True)
-        event.record(cupy.cuda.get_current_stream())
-        return CudaEvent(event)
-
     def stream(self, name: str) -> Any:
         """The CuPy stream of that name, made at its first use."""
         if name not in self._streams:
@@ -299,11 +293,12 @@ class CudaStreams:
         self._main = device.stream("main")
         self._streams = {name: device.stream(name) for name in names}
         self._capturing = False
-        self._joined = True
+        start = self._record(self._main)
+        for stream in self._streams.values():
+            stream.wait_event(start.handle)
 
     def issue(self, stream: str, work: Callable[[], None], after: Sequence[Event] = ()) -> CudaEvent:
         """See ``dlrm.device.Streams.issue``."""
-        self._fork()
         target = self._streams[stream]
         for event in after:
             assert isinstance(event, CudaEvent)
@@ -336,15 +331,6 @@ class CudaStreams:
             for event in events:
                 assert isinstance(event, CudaEvent)
                 stream.wait_event(event.handle)
-        self._joined = True
-
-    def _fork(self) -> None:
-        """Order all streams behind what the caller has put on the main one since the last ``join``."""
-        if self._joined and not self._capturing:
-            start = self._record(self._main)
-            for stream in self._streams.values():
-                stream.wait_event(start.handle)
-            self._joined = False
 
     def _capture(self, issue: Callable[[], Sequence[Event]]) -> Any:
         self._main.begin_capture()

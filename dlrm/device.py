@@ -83,10 +83,6 @@ class Device(Protocol):
         """Bytes that can be allocated; ``None`` where nobody has to ask before."""
         ...
 
-    def mark(self) -> Event:
-        """An event behind all that was issued on the current stream."""
-        ...
-
     def relu_mask(self, rows: int, columns: int, training: bool) -> Array | None:
         """Room for what a backward pass has to know of a ReLU's output [rows, columns] besides the output."""
         ...
@@ -245,10 +241,6 @@ class HostDevice:
     def free_memory(self) -> int | None:
         """``None``: plans look at the machine's memory."""
         return None
-
-    def mark(self) -> Event:
-        """What was issued is done."""
-        return DoneEvent()
 
     def relu_mask(self, rows: int, columns: int, training: bool) -> None:
         """Nothing: the output alone tells where the ReLU was on."""

@@ -8,20 +8,21 @@ places, D columns, K keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dlrm.config import OptimizerConfig
 from dlrm.device import Array, Device
-from dlrm.errors import DeviceError
+from dlrm.errors import ConfigError, DeviceError
 from embedding.batch import check_arrays
 from embedding.buffers import NO_OFFSETS, NO_WEIGHTS, BatchBuffers
 from embedding.captured_update import CapturedUpdate
 from embedding.lookup import gather_pool
 from embedding.plan import TableSpec
 from embedding.sparse_optim import bytes_per_row
+from embedding.store_mirrors import StoreMirrors
 from embedding.table import Part, Shard, ShardStore, create_shards
 
 
@@ -45,15 +46,6 @@ class CapturedBuffers(BatchBuffers):
     def one_hot(self) -> bool:
         """Whether every bag holds one key."""
         return len(self.offsets) == 0
-
-
-@dataclass(slots=True)
-class _Mirror:
-    """A shard on the host."""
-
-    shard: Shard
-    weight: Array
-    state: dict[str, Array] = field(default_factory=dict)
 
 
 class CapturedEmbedding:
@@ -89,8 +81,15 @@ class CapturedEmbedding:
             deterministic: no sums in an order of their own making.
 
         Raises:
+            ConfigError: a table's vectors are concatenated.
             DeviceError: the tables do not fit the device's memory.
         """
+        for spec in specs:
+            if spec.num_vectors > 1:
+                raise ConfigError(
+                    f"table '{spec.name}': pooling concat does not run on a GPU yet; set device: cpu, or "
+                    "pool by sum or mean"
+                )
         self.specs, self.first = tuple(specs), first
         self._device, self._optimizer, self._deterministic = device, optimizer, deterministic
         self._dim = specs[0].dim if specs else 1
@@ -105,53 +104,27 @@ class CapturedEmbedding:
         self._nothing = xp.asarray(NO_OFFSETS), xp.asarray(NO_WEIGHTS)
         self._updates: list[CapturedUpdate] = []
         self._touched: Array | None = None
-        self._mirrors: list[_Mirror] = []
+        self._mirrors = StoreMirrors(device, self.store.shards)
 
     def shards(self) -> list[Shard]:
         """The tables as arrays of the host, in manifest order.
 
         Call ``settle`` before reading and ``spread`` after writing them; ``touched`` is that of the moment.
         """
-        if not self._mirrors:
-            self._mirrors = [self._mirror(shard) for shard in self.store.shards]
-        touched = None if self._touched is None else self._device.to_host(self._touched)
-        shards, start = [], 0
-        for mirror in self._mirrors:
-            own, stop = mirror.shard, start + len(mirror.shard.rows)
-            rows = None if touched is None else touched[start:stop]
-            shards.append(Shard(own.table, own.rows, own.columns, mirror.weight, mirror.state, own.replicated, rows))
-            start = stop
-        return shards
-
-    def _mirror(self, shard: Shard) -> _Mirror:
-        """Room on the host; bfloat16, which NumPy lacks, becomes float32."""
-        dtype = np.float32 if shard.weight.dtype == np.uint16 else shard.weight.dtype
-        state = {name: np.empty(array.shape, array.dtype) for name, array in shard.state.items()}
-        return _Mirror(shard, np.empty(shard.weight.shape, dtype), state)
+        held = self.store.shards
+        parts: list[Array | None] = [None] * len(held)
+        if self._touched is not None:
+            ends = np.cumsum([len(shard.rows) for shard in held])
+            parts = list(np.split(self._device.to_host(self._touched), ends[:-1]))
+        return self._mirrors.all(parts)
 
     def settle(self) -> None:
         """Bring the arrays of ``shards`` up to date."""
-        self.shards()
-        for mirror in self._mirrors:
-            for source, target in self._pairs(mirror):
-                if source.dtype == target.dtype:
-                    self._device.download(source, target)
-                else:
-                    wide = self._device.empty(source.shape, target.dtype)
-                    self._device.convert(source, wide)
-                    self._device.download(wide, target)
+        self._mirrors.settle()
 
     def spread(self) -> None:
         """Take over what was written into the arrays of ``shards``."""
-        for mirror in self._mirrors:
-            for target, source in self._pairs(mirror):
-                self._device.assign(source, target)
-
-    @staticmethod
-    def _pairs(mirror: _Mirror) -> list[tuple[Array, Array]]:
-        """Arrays of the device and of the host."""
-        shard = mirror.shard
-        return [(shard.weight, mirror.weight), *((shard.state[name], mirror.state[name]) for name in shard.state)]
+        self._mirrors.spread()
 
     def track_touched(self) -> None:
         """Note from now on which rows are updated: ``touched`` of the shards says which."""

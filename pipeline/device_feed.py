@@ -167,7 +167,7 @@ def load_resident(split: Split, data: DataConfig, device: Device, share: float =
             else:
                 words = device.upload(batch.host.records, device.empty(batch.host.records.shape, np.uint32))
                 origin.records(words.view(np.int64).reshape(-1), stored[at : at + rows])
-            device.mark().synchronize()
+            device.record().synchronize()
             at += rows
     return ResidentRows(stored)
 

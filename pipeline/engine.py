@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dlrm.config import RunConfig
-from dlrm.device import Device, HostDevice
+from dlrm.device import Device
 from dlrm.errors import CheckpointError, ConfigError
 from dlrm.model import DenseModel
 from dlrm.optim import DenseOptimizer
@@ -151,7 +151,7 @@ def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved: Checkpoi
         dataset.verify()
     topology = discover(comm)
     device = make_device(config, topology, threads)
-    captures = not isinstance(device, HostDevice)
+    captures = device.steps_behind > 0
     model = DenseModel(
         model=config.model,
         num_dense=dataset.num_dense,
@@ -226,7 +226,7 @@ def _hybrid(
 
 def _schedules(config: RunConfig, topology: Topology, ranks: int, stages: Stages) -> tuple[Schedule, Schedule]:
     """Of training and of evaluation."""
-    if isinstance(stages.device, HostDevice):
+    if not stages.device.steps_behind:
         no_gain = no_gain_on_host(ranks, topology.num_nodes)
         return choose(config.overlap, "train", no_gain), choose(config.overlap, "eval", no_gain)
     from pipeline.engine_cuda import fused_schedule, guarded

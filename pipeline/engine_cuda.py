@@ -85,8 +85,8 @@ def fuses(config: RunConfig, model: DenseModel, comm: Comm) -> bool:
     if wish is True and not fits:
         raise DeviceError(
             f"cuda.fused_eval: {comm.size} ranks, {config.precision}, {model.num_vectors} vectors of "
-            f"{config.model.embedding_dim} columns, but it takes one rank, fp16 or bf16, at most {MOST_VECTORS} vectors and "
-            "a multiple of 8 columns; set it to auto"
+            f"{config.model.embedding_dim} columns, but it takes one rank, fp16 or bf16, at most {MOST_VECTORS} "
+            "vectors and a multiple of 8 columns; set it to auto"
         )
     return bool(wish) and fits
 

@@ -2,7 +2,7 @@
 // split_records.py.
 //
 // Shapes: G records that are read, of V 32-bit words; B of them are this rank's; N dense columns, C with the padding;
-// T tables. Macros: DENSE: element type; INDEXED: records are picked by number; WIDE: keys have two words; LOG: dense
+// T tables. Macros: NUMBER: element type of dense; INDEXED: records are picked by number; WIDE: keys have two words; LOG: dense
 // columns are int32, log(1 + x); LABEL_ONE: word of a label of 1; ROWS: records of a block.
 #include "dlrm/kernels.cuh"
 
@@ -11,7 +11,7 @@
 KERNEL void __launch_bounds__(THREADS) split_records(
     const uint32* __restrict__ records, const int64* __restrict__ index, int64 num_rows, int64 first, int64 own,
     int row_words, int num_dense, int dense_columns, int num_tables, const int* __restrict__ table_rows,
-    float* __restrict__ labels, DENSE* __restrict__ dense, int* __restrict__ keys, int* __restrict__ fault) {
+    float* __restrict__ labels, NUMBER* __restrict__ dense, int* __restrict__ keys, int* __restrict__ fault) {
   DYNAMIC_SHARED(memory);
   uint32* tile = reinterpret_cast<uint32*>(memory);
   const int pitch = row_words | 1;  // odd, so that the words of a column lie in different banks

@@ -33,7 +33,7 @@ def split_records(
     pitch = layout.words | 1
     rows = max(1, min(MOST_ROWS, SHARED_BYTES // (4 * pitch)))
     defines = (
-        ("DENSE", c_type(dense)),
+        ("NUMBER", c_type(dense)),
         ("INDEXED", int(index is not None)),
         ("WIDE", int(layout.key_words == 2)),
         ("LOG", int(layout.dense_transform == "log1p_at_read")),

@@ -197,7 +197,7 @@ class CudaStages(Stages):
         else:
             numbers = device.upload(host.records, staging.numbers[:rows]).view(np.int64).reshape(-1)
             records, index = batch.origin.records(numbers, staging.records[:rows])
-        host.hold(device.mark())
+        host.hold(device.record())
         split_records(
             records, index, rows, host.own, layout, self._table_rows, flight.labels, flight.dense,
             flight.embedding.keys, staging.outcome[1:].view(np.int32), device=device,

@@ -1,0 +1,173 @@
+"""A whole run on a GPU beside the same run on the CPU: losses, weights, checkpoints; emulated where there is no GPU.
+
+Emulated, products are NumPy's, and nothing is captured.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dlrm.config import parse_run_config
+from dlrm.device import HostDevice
+from dlrm.errors import CrosslaneError
+from embedding.comm import SingleComm
+from pipeline.trainer import Trainer, TrainResult
+
+SMALL = "synthetic:criteo-terabyte?rows=60000&scale=20000"
+STEPS = 50
+NOT_EMULATED = ("dlrm.gemm", "pipeline.generator")
+
+
+class EmulatedDevice(HostDevice):
+    """A GPU whose kernels run emulated: it pads, and results are looked at late."""
+
+    column_multiple = 8
+    steps_behind = 2
+
+    def __init__(self) -> None:
+        super().__init__(1, compiled=False)
+
+    def kernel(self, module: str, name: str) -> Any:
+        """The launch of that name."""
+        beside = f"{module}_cuda"
+        if module in NOT_EMULATED or importlib.util.find_spec(beside) is None:
+            return None
+        return getattr(importlib.import_module(beside), name, None)
+
+
+@pytest.fixture
+def on_gpu(machine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if machine.emulated:
+        host = importlib.import_module("pipeline.devices").make_device
+
+        def make(config: Any, *rest: Any) -> Any:
+            return EmulatedDevice() if config.device == "cuda" else host(config, *rest)
+
+        monkeypatch.setattr("pipeline.engine.make_device", make)
+    return machine
+
+
+def values(directory: Path, device: str, machine: Any, **changes: Any) -> dict[str, Any]:
+    batch = 64 if machine.emulated else 512
+    return {
+        "data": {"path": SMALL, "batch_size": batch, "shuffle": True, **changes.pop("data", {})},
+        "device": device,
+        "model": {"embedding_dim": 16, "bottom_mlp": (27, 16), "top_mlp": (41, 9, 1)},
+        "optimizer": {"kind": "sgd", "lr": 0.5},
+        "train": {"max_steps": STEPS, "epochs": None, "progress_every": 1, **changes.pop("train", {})},
+        "eval": {"batch_size": 400, "final_split": None},
+        "run": {"directory": str(directory)},
+        "seed": 5,
+        **changes,
+    }
+
+
+def run(values: dict[str, Any]) -> TrainResult:
+    return Trainer(parse_run_config(values), comm=SingleComm(), threads=1).run()
+
+
+def records(directory: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (directory / "progress.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["type"] == kind]
+
+
+def losses(directory: Path) -> np.ndarray:
+    return np.array([record["loss"] for record in records(directory, "step")])
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "deterministic": {"deterministic": True},
+    "on the device": {"data": {"on_device": True}},
+    "sequential": {"overlap": {"train": False, "eval": False}},
+    "adam": {"optimizer": {"kind": "adam", "lr": 0.01}},
+    "adagrad, rows": {
+        "optimizer": {"kind": "adagrad", "lr": 0.05},
+        "embedding": {"optimizer": {"kind": "rowwise_adagrad", "lr": 0.05}},
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_follows_the_cpus(on_gpu: Any, case: str, tmp_path: Path) -> None:
+    steps = {"train": {"max_steps": 12 if on_gpu.emulated else STEPS, "progress_every": 1}}
+    changes = [dict(CASES[case]) | steps for _ in range(2)]
+    cpu = run(values(tmp_path / "cpu", "cpu", on_gpu, **changes[0]))
+    gpu = run(values(tmp_path / "gpu", "cuda", on_gpu, **changes[1]))
+    np.testing.assert_allclose(losses(tmp_path / "gpu"), losses(tmp_path / "cpu"), rtol=1e-4)
+    for name in ("auc", "log_loss", "accuracy", "calibration"):
+        assert gpu.report[name] == pytest.approx(cpu.report[name], rel=1e-3), name
+
+
+def test_a_run_resumes_on_either_device(on_gpu: Any, tmp_path: Path) -> None:
+    """20 steps on the GPU, then on to the end on each: the same as without a break."""
+    end, middle = (8, 4) if on_gpu.emulated else (40, 20)
+    adam = {"optimizer": {"kind": "adam", "lr": 0.01}}
+    for first, second in (("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")):
+        whole, broken = tmp_path / f"{first}-{second}", tmp_path / f"{first}-{second}-broken"
+        run(values(whole, second, on_gpu, train={"max_steps": end}, **adam))
+        run(values(broken, first, on_gpu, train={"max_steps": middle}, **adam))
+        run(values(broken, second, on_gpu, train={"max_steps": end}, **adam))
+        np.testing.assert_allclose(losses(broken), losses(whole), rtol=1e-4)
+
+
+def test_half_precision_reaches_the_same_auc(on_gpu: Any, tmp_path: Path) -> None:
+    if on_gpu.emulated:
+        pytest.skip("products in half precision need a GPU")
+    found = {}
+    data = {"path": "synthetic:criteo-terabyte?rows=4000000&scale=1000", "batch_size": 4096}
+    for name, changes in {
+        "fp32": {"precision": "fp32"},
+        "fp16": {"precision": "fp16"},
+        "dynamic": {"precision": "fp16", "loss_scale": "dynamic", "loss_scale_growth": 100},
+        "bf16": {"precision": "bf16"},
+        "fp16 tables": {"precision": "fp16", "embedding": {"table_precision": "fp16"}},
+    }.items():
+        options = {"train": {"max_steps": 800, "progress_every": 100}, "data": dict(data), **changes}
+        result = run(values(tmp_path / name, "cuda", on_gpu, **options))
+        found[name] = result.report["auc"]
+    assert found["fp32"] > 0.7
+    for name, auc in found.items():
+        assert auc == pytest.approx(found["fp32"], abs=1e-3), (name, found)
+    skipped = [record["skipped_steps"] for record in records(tmp_path / "dynamic", "step")]
+    assert 0 < skipped[-1] < 100  # it starts too high
+
+
+def test_a_loss_scale_that_overflows_skips_steps(on_gpu: Any, tmp_path: Path) -> None:
+    if on_gpu.emulated:
+        pytest.skip("products in half precision need a GPU")
+    changes = {"precision": "fp16", "loss_scale": "dynamic", "loss_scale_growth": 1}
+    run(values(tmp_path, "cuda", on_gpu, **changes))
+    found = records(tmp_path, "step")
+    assert np.isfinite([record["loss"] for record in found]).all()
+    assert found[-1]["skipped_steps"] > 3
+
+
+def test_a_wrong_row_is_named(on_gpu: Any, tmp_path: Path) -> None:
+    from pipeline.dataset import load_dataset
+    from pipeline.generated import parse_synthetic, write_synthetic
+
+    folder = tmp_path / "data"
+    write_synthetic(folder, parse_synthetic(SMALL))
+    (file,) = load_dataset(folder).manifest.splits["train"].files
+    words = np.memmap(folder / file.path, np.uint32, "r+").reshape(file.rows, -1)
+    words[7, 20] = 0xFFFFFFF0
+    words.flush()
+    changes = {"data": {"path": str(folder), "shuffle": False}}
+    with pytest.raises(CrosslaneError, match=r"row 7.*byte"):
+        run(values(tmp_path / "run", "cuda", on_gpu, **changes))
+
+
+def test_tables_too_large_are_refused_before_they_are_allocated(on_gpu: Any, tmp_path: Path) -> None:
+    if on_gpu.emulated:
+        pytest.skip("the host has no memory of its own to run out of")
+    data = {"path": "synthetic:criteo-terabyte-full?rows=1000000", "batch_size": 1024}
+    with pytest.raises(CrosslaneError, match=r"tables: .* GiB .*table_precision: fp16"):
+        run(values(tmp_path, "cuda", on_gpu, data=data) | {"model": {"embedding_dim": 128, "bottom_mlp": (128,)}})
