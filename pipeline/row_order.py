@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -22,7 +23,10 @@ Rows = NDArray[np.int64]
 Run = tuple[int, int]
 """First row and number of rows of a contiguous piece of a split."""
 
-_WINDOWS_KEPT = 2  # a batch may straddle two
+_WINDOWS_KEPT = 3
+"""A batch may straddle two, and one is drawn ahead."""
+_DRAWN_AHEAD = 1 << 16
+"""Blocks of a window that take long enough to be drawn by a thread of their own: a tenth of a second for 8 million."""
 
 
 class OrderedRows(Protocol):
@@ -135,7 +139,7 @@ class RowOrder:
     row to its last. With ``block`` 1 single rows are shuffled. Both orders are permutations by NumPy's
     ``Generator(Philox)`` with key (seed, 0) and counter (0, 0, stream, epoch), stream 0 for the order of the
     windows and 1 + w for the blocks of window w, so that any position is found without replaying the ones before.
-    Memory: two windows of 8 bytes a block.
+    Memory: three windows of 8 bytes a block.
     """
 
     def __init__(self, split: OrderedRows, *, seed: int, shuffle: bool, window: int, block: int = 1) -> None:
@@ -159,7 +163,8 @@ class RowOrder:
         stops = [np.minimum(first + window, stop) for first, stop in zip(firsts, starts[1:], strict=True)]
         self._sizes: Rows = np.concatenate([*stops, np.empty(0, np.int64)]).astype(np.int64) - self._firsts
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[int, int], Rows] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], Future[Rows]] = OrderedDict()
+        self._pool: ThreadPoolExecutor | None = None
         self._windows: tuple[int, Rows, Rows] | None = None
 
     def rows(self, epoch: int, start: int, stop: int) -> Rows:
@@ -223,18 +228,43 @@ class RowOrder:
         return self._windows[1:]
 
     def _window_blocks(self, epoch: int, turn: int, order: Rows) -> Rows:
-        """First rows [m] of a window's blocks in their order."""
+        """First rows [m] of a window's blocks in their order; a large next window is drawn meanwhile."""
         window = int(order[turn])
-        blocks = self._kept.get((epoch, window))
-        if blocks is None:
+        new = (epoch, window) not in self._kept
+        blocks = self._blocks_of(epoch, window, ahead=False).result()
+        if new:
             self._announce(order[turn : turn + 2])
-            count = -(-int(self._sizes[window]) // self._block)
-            blocks = self._generator(epoch, 1 + window).permutation(count)
-            blocks *= self._block
-            blocks += self._firsts[window]
-            self._kept[(epoch, window)] = blocks
-            while len(self._kept) > _WINDOWS_KEPT:
-                self._kept.popitem(last=False)
+        if turn + 1 < order.size:
+            self._blocks_of(epoch, int(order[turn + 1]), ahead=True)
+        else:
+            first = int(self._generator(epoch + 1, 0).permutation(self._firsts.size)[0])
+            self._blocks_of(epoch + 1, first, ahead=True)
+        while len(self._kept) > _WINDOWS_KEPT:
+            self._kept.popitem(last=False)
+        return blocks
+
+    def _blocks_of(self, epoch: int, window: int, *, ahead: bool) -> Future[Rows]:
+        """The blocks of a window, drawn now or, where that takes long, by a thread."""
+        key = (epoch, window)
+        if key in self._kept:
+            return self._kept[key]
+        count = -(-int(self._sizes[window]) // self._block)
+        drawn: Future[Rows] = Future()
+        if ahead and count < _DRAWN_AHEAD:
+            return drawn  # when its turn comes
+        if ahead:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(1, thread_name_prefix="order")
+            drawn = self._pool.submit(self._draw, epoch, window, count)
+        else:
+            drawn.set_result(self._draw(epoch, window, count))
+        self._kept[key] = drawn
+        return drawn
+
+    def _draw(self, epoch: int, window: int, count: int) -> Rows:
+        blocks = self._generator(epoch, 1 + window).permutation(count)
+        blocks *= self._block
+        blocks += self._firsts[window]
         return blocks
 
     def _announce(self, windows: Rows) -> None:
