@@ -237,9 +237,10 @@ class CudaDevice:
 
     @contextmanager
     def streams(self, names: Sequence[str]) -> Iterator[CudaStreams]:
-        """CUDA streams of these names."""
-        yield CudaStreams(self, names)
-        self.synchronize()
+        """CUDA streams of these names; what the caller issues meanwhile goes on the main one."""
+        with self.stream("main"):
+            yield CudaStreams(self, names)
+            self.synchronize()
 
     def record(self) -> CudaEvent:
         """See ``dlrm.device.Device.record``."""

@@ -133,7 +133,7 @@ def test_half_precision_reaches_the_same_auc(on_gpu: Any, tmp_path: Path) -> Non
         options = {"train": {"max_steps": 800, "progress_every": 100}, "data": dict(data), **changes}
         result = run(values(tmp_path / name, "cuda", on_gpu, **options))
         found[name] = result.report["auc"]
-    assert found["fp32"] > 0.7
+    assert found["fp32"] > 0.65
     for name, auc in found.items():
         assert auc == pytest.approx(found["fp32"], abs=1e-3), (name, found)
     skipped = [record["skipped_steps"] for record in records(tmp_path / "dynamic", "step")]
@@ -143,7 +143,8 @@ def test_half_precision_reaches_the_same_auc(on_gpu: Any, tmp_path: Path) -> Non
 def test_a_loss_scale_that_overflows_skips_steps(on_gpu: Any, tmp_path: Path) -> None:
     if on_gpu.emulated:
         pytest.skip("products in half precision need a GPU")
-    changes = {"precision": "fp16", "loss_scale": "dynamic", "loss_scale_growth": 1}
+    # (p - y) / 64 times 2^24 is more than float16 holds.
+    changes = {"precision": "fp16", "loss_scale": "dynamic", "loss_scale_growth": 1, "data": {"batch_size": 64}}
     run(values(tmp_path, "cuda", on_gpu, **changes))
     found = records(tmp_path, "step")
     assert np.isfinite([record["loss"] for record in found]).all()
