@@ -30,7 +30,7 @@ def make_device(config: RunConfig, topology: Topology, threads: int) -> Device:
                 "embedding.table_precision to fp32"
             )
         return HostDevice(threads)
-    if importlib.util.find_spec("cupy") is None:
+    if not _has_cupy():
         raise DeviceError(
             "device: cuda, but CuPy is not installed; pip install 'crosslane[cuda13]' (or cuda12), or set device: cpu"
         )
@@ -40,8 +40,15 @@ def make_device(config: RunConfig, topology: Topology, threads: int) -> Device:
 
 
 def _sees_gpu(config: RunConfig) -> bool:
-    if config.precision == "fp64" or importlib.util.find_spec("cupy") is None:
+    if config.precision == "fp64" or not _has_cupy():
         return False
     from dlrm.cuda import count_gpus
 
     return count_gpus() > 0
+
+
+def _has_cupy() -> bool:
+    try:
+        return importlib.util.find_spec("cupy") is not None
+    except ModuleNotFoundError:  # an import hook's way to say no
+        return False
