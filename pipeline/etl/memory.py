@@ -37,7 +37,7 @@ def table_budget(limit_bytes: int | None, *, local_ranks: int, pieces: int, piec
     """What this process may put into tables.
 
     Args:
-        limit_bytes: of all ranks on this machine together; ``None``: half of what is free now.
+        limit_bytes: of all ranks on this machine together; ``None``: what they hold already and half of what is free now.
         local_ranks: ranks on this machine.
         pieces: of text that are under way at once.
         piece_bytes: of one.
@@ -45,9 +45,10 @@ def table_budget(limit_bytes: int | None, *, local_ranks: int, pieces: int, piec
     Raises:
         ConfigError: the limit leaves too little.
     """
+    held = psutil.Process().memory_info().rss
     if limit_bytes is None:
-        limit_bytes = psutil.virtual_memory().available // 2
-    fixed = psutil.Process().memory_info().rss + pieces * piece_bytes * _PIECE_BYTES + _RESERVE
+        limit_bytes = psutil.virtual_memory().available // 2 + held * local_ranks
+    fixed = held + pieces * piece_bytes * _PIECE_BYTES + _RESERVE
     left: int = limit_bytes // local_ranks - fixed
     if left < LEAST_FOR_TABLES:
         least = (fixed + LEAST_FOR_TABLES) * local_ranks

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -38,7 +39,7 @@ static Barrier block_barrier;
 struct Jump { jmp_buf place; };
 static std::vector<ucontext_t> threads;
 static std::vector<Jump> jumps;
-static std::vector<char> begun, ended, stacks;
+static std::vector<char> begun, ended;
 static jmp_buf scheduler;
 static unsigned current, living;
 static unsigned long long turns = 88172645463325252ull;
@@ -110,7 +111,8 @@ template <typename... A>
 int launch_blocks(unsigned blocks, unsigned count, size_t shared_bytes, void (*kernel)(A...), void** arguments) {
   Body<A...>::kernel = kernel;
   Body<A...>::arguments = arguments;
-  stacks.resize(count * STACK_BYTES);
+  // Given back after every launch: a hundred libraries keep none, and what no thread touches takes no memory.
+  const std::unique_ptr<char[]> stacks(new char[count * STACK_BYTES]);
   gridDim.x = blocks, blockDim.x = count;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     shared.assign(shared_bytes + 16, 0xFF);  // not a number
@@ -123,7 +125,7 @@ int launch_blocks(unsigned blocks, unsigned count, size_t shared_bytes, void (*k
     living = count;
     for (unsigned t = 0; t < count; ++t) {
       getcontext(&threads[t]);
-      threads[t].uc_stack.ss_sp = stacks.data() + t * STACK_BYTES;
+      threads[t].uc_stack.ss_sp = stacks.get() + t * STACK_BYTES;
       threads[t].uc_stack.ss_size = STACK_BYTES;
       makecontext(&threads[t], Body<A...>::run, 0);
     }
