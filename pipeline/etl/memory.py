@@ -37,7 +37,7 @@ def table_budget(limit_bytes: int | None, *, local_ranks: int, pieces: int, piec
     """What this process may put into tables.
 
     Args:
-        limit_bytes: of all ranks on this machine together; ``None``: what they hold already and half of what is free now.
+        limit_bytes: of all ranks on this machine; ``None``: what they hold already and half of what is free.
         local_ranks: ranks on this machine.
         pieces: of text that are under way at once.
         piece_bytes: of one.
