@@ -103,6 +103,9 @@ class EmbeddingConfig:
     """Of vectors and gradients between ranks; tables and sums keep the run's precision."""
     all_to_all: Literal["auto", "flat", "hierarchical"] = "auto"
     """Between several nodes: from every rank to every rank, or in two stages."""
+    nodes: PositiveInt | None = None
+    """Plan and exchange as if the ranks lay on so many nodes, contiguous ranks together: to try on one machine what
+    several would do. ``None``: the machines that they are on."""
     memory_limit_mib: PositiveInt | None = None
     """Memory of tables and their optimiser state on each rank; ``None``: what the machine has free."""
     calibration_batches: PositiveInt = 32

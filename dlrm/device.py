@@ -63,6 +63,11 @@ class Device(Protocol):
     """How many steps the host may issue before it has to see a result; 0: results are there when a call returns."""
 
     @property
+    def name(self) -> str:
+        """What it is, for reports."""
+        ...
+
+    @property
     def host(self) -> HostDevice:
         """Runs what is done once and in host memory, such as drawing initial weights."""
         ...
@@ -195,6 +200,7 @@ class HostDevice:
     """
 
     xp: ModuleType = np
+    name = "CPU"
     column_multiple = 1
     steps_behind = 0
 

@@ -35,6 +35,7 @@ class Engine:
 
     Attributes:
         comm: all ranks, for whatever is done between steps; each lane has a communicator of its own.
+        topology: the machines, whatever nodes the config supposes.
         carrier: the same ranks, for arrays of the device; ``None``: those go through the host's memory.
         embedding: ``HybridEmbedding``, or on a GPU ``CapturedEmbedding``.
         layout: of the records that the device takes apart itself; ``None``: it is handed decoded batches.
@@ -150,6 +151,7 @@ def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved: Checkpoi
     if config.data.verify and comm.rank == 0:
         dataset.verify()
     topology = discover(comm)
+    nodes = _supposed_nodes(config, comm, topology)
     device = make_device(config, topology, threads)
     captures = device.steps_behind > 0
     model = DenseModel(
@@ -160,7 +162,9 @@ def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved: Checkpoi
         device=device,
         seed=config.seed,
     )
-    plan, lists = agree_plan(config, dataset, comm=comm, topology=topology, device=device.host, saved=saved)
+    plan, lists = agree_plan(
+        config, dataset, comm=comm, topology=nodes, device=device.host, saved=saved, local_ranks=topology.local_size
+    )
     optimizer = DenseOptimizer(config.optimizer, model.flat_parameters.size, model.flat_parameters.dtype, device)
     # A lane has its own order of collectives, which must not meet those of another one.
     embedding_comm, dense_comm = (comm.split(0, comm.rank) for _ in range(2))
@@ -175,7 +179,7 @@ def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved: Checkpoi
         embedding = build_captured(config, plan, embedding_comm, device, model.first)
         stages = build_stages(config, embedding=embedding, comm=dense_comm, layout=layout, **common)
     else:
-        embedding = _hybrid(config, plan, embedding_comm, topology, lists, model)
+        embedding = _hybrid(config, plan, embedding_comm, nodes, lists, model)
         stages = Stages(
             embedding=embedding,
             comm=dense_comm,
@@ -202,6 +206,20 @@ def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved: Checkpoi
         eval_schedule=eval_schedule,
         layout=layout,
     )
+
+
+def _supposed_nodes(config: RunConfig, comm: Comm, topology: Topology) -> Topology:
+    """The nodes that tables are planned for (collective): the machines, unless the config supposes others.
+
+    Raises:
+        ConfigError: more nodes than ranks.
+    """
+    nodes = config.embedding.nodes
+    if nodes is None:
+        return topology
+    if nodes > comm.size:
+        raise ConfigError(f"embedding.nodes: {nodes}, but there are {comm.size} ranks; lower it, or start more ranks")
+    return discover(comm, nodes)
 
 
 def _hybrid(

@@ -34,6 +34,7 @@ def agree_plan(
     topology: Topology,
     device: Device,
     saved: Checkpoint | None = None,
+    local_ranks: int | None = None,
 ) -> tuple[Plan, FrequentLists]:
     """The plan of a run, and the frequent rows of tables that are not numbered by frequency (collective).
 
@@ -50,6 +51,7 @@ def agree_plan(
         topology: their nodes.
         device: that the look-ups run on.
         saved: the checkpoint to go on from.
+        local_ranks: ranks that share this machine's memory; ``None``: those of this rank's node.
 
     Raises:
         ConfigError: something forced cannot be, or no plan fits the memory.
@@ -62,7 +64,7 @@ def agree_plan(
             return plan, saved_lists(saved, plan)
     if comm.size == 1:
         return plan_tables(config, dataset.tables, ranks=1), {}
-    limit = np.array([memory_limit_bytes(config, topology.local_size)], np.int64)
+    limit = np.array([memory_limit_bytes(config, local_ranks or topology.local_size)], np.int64)
     comm.all_reduce(limit, "min").wait()
     weighed = _is_weighed(config, dataset)
     links = _link_rates(config, comm, topology, device) if weighed else DEFAULT

@@ -12,6 +12,17 @@ _EMBEDDING_LANE = (S.input_dist, S.lookup, S.output_dist, S.grad_dist, S.sparse_
 _REPLICATING = ("hybrid", "replicated")
 
 
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """What a progress record tells of the plan that a run follows, as JSON values."""
+    return {
+        "label": plan.label,
+        "nodes": plan.nodes,
+        "all_to_all": plan.all_to_all,
+        "predicted_ms": None if plan.step_seconds is None else 1e3 * plan.step_seconds,
+        "parts_ms": {name: 1e3 * seconds for name, seconds in plan.seconds},
+    }
+
+
 def plan_choice(plan: Plan, stages_ms: Mapping[str, float] | None) -> dict[str, Any]:
     """Facts for the report of a run; nothing for one rank, which exchanges nothing.
 

@@ -5,6 +5,8 @@ Every line of ``progress.jsonl`` is one object with ``type`` and ``time`` (secon
 ========== =====================================================================================
 ``start``  ``run`` (name), ``ranks``, ``steps`` (planned in all), ``samples`` (planned in all),
            ``step`` (0, or where a resumed run goes on), ``precision``, ``threads`` (per rank),
+           ``device`` (rank 0's), ``plan`` (``label``, ``nodes``, ``all_to_all``, ``predicted_ms`` of
+           the embedding lane, ``parts_ms`` of that),
            ``overlap`` (for ``train`` and ``eval``: ``overlapped``, ``depth``, ``reason``)
 ``step``   ``step``, ``epoch``, ``samples``, ``samples_per_s`` (since the last record, without a
            process's first step, which may compile; ``null`` if that was the only one), ``loss``

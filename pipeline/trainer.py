@@ -27,6 +27,7 @@ from pipeline.evaluator import BackgroundEvaluations, Evaluation, final_split
 from pipeline.feed import training_batches
 from pipeline.flight import Flight
 from pipeline.loader import steps_per_epoch
+from pipeline.plan_report import plan_summary
 from pipeline.progress import ProgressWriter
 from pipeline.resumption import check_resumable, rule_changed
 from pipeline.run_trace import RunTrace
@@ -146,6 +147,8 @@ class Trainer:
             ranks=self.comm.size,
             threads=self.engine.threads,
             precision=self.config.precision,
+            device=self.engine.device.name,
+            plan=plan_summary(self.engine.plan),
             overlap={"train": self.engine.train_schedule.to_values(), "eval": self.engine.eval_schedule.to_values()},
             step=self.course.step,
             steps=self.steps,

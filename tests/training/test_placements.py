@@ -18,7 +18,7 @@ PLACEMENTS = {
     "replicated": {"placement": "replicated"},
     "de-duplicated": {"placement": "table_wise", "deduplicate": True},
     "hybrid": {"placement": "row_wise", "deduplicate": True, **HYBRID},
-    "hierarchical": {"placement": "row_wise", "all_to_all": "hierarchical"},
+    "hierarchical": {"placement": "row_wise", "all_to_all": "hierarchical", "nodes": 2},
 }
 
 
