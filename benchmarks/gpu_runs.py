@@ -49,6 +49,16 @@ def last_line(log: Path) -> str:
     return (errors or lines or ["it said nothing"])[-1][:300]
 
 
+def stages_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Milliseconds of each stage: medians over the windows that count.
+
+    On a GPU only the steps of a trace are timed stage by stage, and their window alone tells, wherever it stands.
+    """
+    timed = [record["stages_ms"] for record in records if record.get("stages_ms")]
+    counted = timed[LEFT_OUT_WINDOWS:] or timed
+    return {stage: statistics.median(each[stage] for each in counted) for stage in (counted[0] if counted else {})}
+
+
 class OwnRuns:
     """Runs the product's trainer and reads its progress; the trainer is killed once enough is known.
 
@@ -127,14 +137,14 @@ class OwnRuns:
                 time.sleep(0.1)
         seconds = {"seconds": time.perf_counter() - start}
         first = next(record for record in all_records if record["type"] == "start")
-        return found[:count], {**seconds, "overlap": first.get("overlap"), "precision": first.get("precision")}
+        about = {name: first.get(name) for name in ("overlap", "precision", "device", "plan")}
+        return found[:count], {**seconds, **about, "stages_ms": stages_of(all_records)}
 
     def train(self, config: Mapping[str, Any], *, ranks: int = 1) -> dict[str, Any]:
         """Median rate over the windows of a run."""
         records, details = self.records(config, "step", LEFT_OUT_WINDOWS + self.options.windows, ranks=ranks)
         counted = [record["samples_per_s"] for record in records[LEFT_OUT_WINDOWS:] if record["samples_per_s"]]
         details["loss"] = [records[0]["loss"], records[-1]["loss"]]
-        details["stages_ms"] = records[-1]["stages_ms"]
         return {"samples_per_s": statistics.median(counted), "windows": counted, "details": details}
 
     def evaluate(self, config: Mapping[str, Any]) -> dict[str, Any]:

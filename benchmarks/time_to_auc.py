@@ -31,7 +31,11 @@ from pipeline.manifest import Manifest, SplitInfo  # noqa: E402
 from pipeline.progress import read_records  # noqa: E402
 from service.launchers.mpi import engine_command, engine_environment  # noqa: E402
 
-OURS = {"fp32": ("fp32", 1), "fp16": ("fp16", 1), "fp16, 2 GPUs": ("fp16", 2)}
+OURS = {
+    "fp32": ("fp32", 1),
+    "fp16": ("fp16", 1),
+    **{f"fp16, {count} GPUs": ("fp16", count) for count in (2, 4, 8)},
+}
 
 
 def make_set(options: argparse.Namespace, folder: Path) -> tuple[Path, Manifest]:
