@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from dlrm.errors import ConfigError, DataError
 from pipeline.check.columns import Faults
 from pipeline.check.counters import Counters
@@ -21,6 +19,7 @@ from pipeline.check.describe import Describer
 from pipeline.check.scan import Scanner, SplitScan
 from pipeline.check.stream import RING_BYTES, Stream
 from pipeline.formats.record_files import prefers_direct
+from pipeline.host_memory import default_memory_limit, held_memory
 from pipeline.manifest import MANIFEST_NAME, Manifest, read_manifest
 from pipeline.threads import threads_per_rank
 
@@ -65,8 +64,9 @@ def check_dataset(
 
     Args:
         path: folder with ``dataset.json``.
-        memory_limit: bytes of this process; ``None``: half of what is free. Where that is too little, rows of large
-            tables beyond the first 65,536 are counted every second, fourth, ...
+        memory_limit: bytes of this process; ``None``: what it holds already and half of what is
+            free. Where that is too little, rows of large tables beyond the first 65,536 are counted every second,
+            fourth, ...
         checksums: compare SHA-256 sums.
         drift_limit: population stability index from which on a column is warned of.
         progress: called as files are read.
@@ -117,8 +117,8 @@ def _manifest(directory: Path) -> tuple[Manifest | None, Finding]:
 
 
 def _budget(memory_limit: int | None) -> int:
-    limit = psutil.virtual_memory().available // 2 if memory_limit is None else memory_limit
-    taken = psutil.Process().memory_info().rss + RING_BYTES + _RESERVE
+    limit = default_memory_limit() if memory_limit is None else memory_limit
+    taken = held_memory() + RING_BYTES + _RESERVE
     if limit <= taken:
         raise ConfigError(
             f"--memory-limit: {limit / 2**20:.0f} MiB, but a check needs at least {taken / 2**20 + 1:.0f} MiB"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-import psutil
-
 from dlrm.errors import ConfigError
+from pipeline.host_memory import default_memory_limit, held_memory
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
@@ -45,10 +44,9 @@ def table_budget(limit_bytes: int | None, *, local_ranks: int, pieces: int, piec
     Raises:
         ConfigError: the limit leaves too little.
     """
-    held = psutil.Process().memory_info().rss
     if limit_bytes is None:
-        limit_bytes = psutil.virtual_memory().available // 2 + held * local_ranks
-    fixed = held + pieces * piece_bytes * _PIECE_BYTES + _RESERVE
+        limit_bytes = default_memory_limit(local_ranks)
+    fixed = held_memory() + pieces * piece_bytes * _PIECE_BYTES + _RESERVE
     left: int = limit_bytes // local_ranks - fixed
     if left < LEAST_FOR_TABLES:
         least = (fixed + LEAST_FOR_TABLES) * local_ranks
