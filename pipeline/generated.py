@@ -177,6 +177,10 @@ class GeneratedRows(RowFiles):
         if rows.size:
             yield self._last.words, places, places
 
+    def blocks(self, rows: Rows) -> Iterator[tuple[NDArray[np.int32], Rows, Rows]]:
+        """See ``RowFiles.blocks``."""
+        return self.pieces(rows)
+
     def locate(self, row: int | np.int64) -> tuple[Path, int]:
         """See ``RowFiles.locate``."""
         return self.name, int(row)

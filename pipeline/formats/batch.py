@@ -6,9 +6,10 @@ Shapes: B rows, N dense columns.
 from __future__ import annotations
 
 import mmap
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +83,41 @@ class MappedFile:
         values: NDArray[Any] = self.data.view(dtype)
         return values
 
+    def opened(self) -> BinaryIO:
+        """The file, opened once more for ``read_into``.
+
+        Raises:
+            DataError: it is gone.
+        """
+        try:
+            return self.path.open("rb", buffering=0)
+        except OSError as error:
+            raise DataError(f"{self.path}: {error.strerror or error}; restore the file") from None
+
+    def read_into(self, opened: BinaryIO, target: NDArray[Any], place: int, row_bytes: int) -> None:
+        """Fill an array with the file's bytes from ``place`` on.
+
+        Args:
+            opened: by ``opened``.
+            target: contiguous, written.
+            place: first byte.
+            row_bytes: of a row, for messages.
+
+        Raises:
+            DataError: the file cannot be read, or ends too early.
+        """
+        data = target.reshape(-1).view(np.uint8).data
+        got = 0
+        while got < len(data):
+            at = place + got
+            try:
+                read = os.preadv(opened.fileno(), [data[got:]], at)
+            except OSError as error:
+                raise DataError(unreadable(self.path, at, row_bytes, error)) from None
+            if not read:
+                raise DataError(cut_short(self.path, at, row_bytes, len(data) - got))
+            got += read
+
     def will_need(self, start: int, stop: int) -> None:
         """Ask the system to read bytes ``start .. stop`` ahead, sequentially, into its page cache."""
         if self._map is None or stop <= start or not hasattr(mmap, "MADV_WILLNEED"):
@@ -105,6 +141,22 @@ def release_pages(mapped: mmap.mmap | None, start: int, stop: int) -> None:
     stop -= stop % mmap.PAGESIZE
     if mapped is not None and stop > start and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+def unreadable(path: Path, at: int, row_bytes: int, error: OSError) -> str:
+    """The sentence about a file that the system does not read at byte ``at``."""
+    return (
+        f"{path}: row {at // row_bytes} (byte {at}): cannot be read ({error.strerror}); check the disk, or restore the "
+        "file"
+    )
+
+
+def cut_short(path: Path, at: int, row_bytes: int, missing: int) -> str:
+    """The sentence about a file that ends at byte ``at`` although it was longer when it was opened."""
+    return (
+        f"{path}: row {at // row_bytes} (byte {at}): the file ends there, but {missing} more bytes were listed; it was "
+        "cut short while it was read, copy it again"
+    )
 
 
 def size_fault(path: Path, found: int, expected: int, unit: tuple[int, str] | None = None) -> str:

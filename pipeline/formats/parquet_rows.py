@@ -80,6 +80,10 @@ class ParquetRows(RowFiles):
             places = np.flatnonzero(groups == group)
             yield words, rows[places] - self._group_starts[group], places
 
+    def blocks(self, rows: Rows) -> Iterator[tuple[NDArray[np.int32], Rows, Rows]]:
+        """See ``RowFiles.blocks``."""
+        return self.pieces(rows)
+
     def locate(self, row: int | np.int64) -> tuple[Path, int]:
         """See ``RowFiles.locate``."""
         file = int(np.searchsorted(self._starts, row, side="right")) - 1

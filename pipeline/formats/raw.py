@@ -5,6 +5,7 @@ Shapes: R rows of a file, V words a row, B rows of a batch, N dense columns, T t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,17 @@ LABEL_ONE: dict[LabelDtype, int] = {"int32": 1, "float32": 0x3F80_0000}
 """The word of a label of 1; a label of 0 is the word 0 in either type."""
 
 
+_BUFFER_BYTES = 512 << 10
+"""Of rows that are read at once: a core's second-level cache holds them."""
+_READ_BYTES = 256 << 10
+"""Fewer are not worth opening a file."""
+
+
+def _consecutive(rows: Rows) -> bool:
+    """Whether rows follow one another, each once."""
+    return int(rows[-1] - rows[0]) == rows.size - 1 and bool((rows[1:] > rows[:-1]).all())
+
+
 class RowFiles:
     """The ``rows`` files of a split, in order: labels and dense columns of any of its rows.
 
@@ -39,6 +51,7 @@ class RowFiles:
         infos = [file for file in split.files if file.part == "rows"]
         self._files = [MappedFile(directory / file.path, file.bytes, (self._row_bytes, "row")) for file in infos]
         self._starts: Rows = np.cumsum([0, *(file.rows for file in infos)], dtype=np.int64)
+        self._own = threading.local()
         self._words = [
             file.view(np.int32).reshape(info.rows, -1 if info.rows else row_words(manifest))
             for file, info in zip(self._files, infos, strict=True)
@@ -55,37 +68,90 @@ class RowFiles:
             places = np.flatnonzero(files == index)
             yield self._words[index], rows[places] - self._starts[index], places
 
+    def blocks(self, rows: Rows) -> Iterator[tuple[NDArray[np.int32], Rows, Rows]]:
+        """``pieces`` for whoever looks at each once: a block's words hold until the next one is asked for.
+
+        Many rows that follow one another are read into a buffer that the near cache holds, instead of being looked up
+        in the mapped file: its small pages cost more than the copy.
+
+        Raises:
+            DataError: a file cannot be read, or ends too early.
+        """
+        if rows.size * self._row_bytes < _READ_BYTES or not _consecutive(rows):
+            yield from self.pieces(rows)
+            return
+        words = self._buffer()
+        numbers = np.arange(len(words))
+        first, past = int(rows[0]), int(rows[0]) + rows.size
+        for index, file in enumerate(self._files):
+            start, end = int(self._starts[index]), int(self._starts[index + 1])
+            low, high = max(first, start), min(past, end)
+            if low >= high:
+                continue
+            with file.opened() as opened:
+                for row in range(low, high, len(words)):
+                    count = min(len(words), high - row)
+                    file.read_into(opened, words[:count], (row - start) * self._row_bytes, self._row_bytes)
+                    place = row - first
+                    yield words[:count], numbers[:count], np.arange(place, place + count)
+
+    def _buffer(self) -> NDArray[np.int32]:
+        """This thread's own rows [n, V]."""
+        words: NDArray[np.int32] | None = getattr(self._own, "words", None)
+        if words is None:
+            words = np.empty((max(1, _BUFFER_BYTES // self._row_bytes), self._row_bytes // 4), np.int32)
+            self._own.words = words
+        return words
+
     def read_head(self, rows: Rows) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Labels [B] and dense columns [B, N], float32.
 
         Raises:
             DataError: a label is neither 0 nor 1, or a dense value is not finite.
         """
-        dense = self._manifest.dense
-        labels = np.empty(rows.size, np.float32)
-        values = np.empty((rows.size, len(dense.names)), np.float32)
-        for words, inside, places in self.pieces(rows):
-            floats = words.view(np.float32)
-            b, column = raw_numba.gather_head(
-                words,
-                floats,
-                inside,
-                places,
-                LABEL_ONE[self._manifest.label_dtype],
-                dense.transform == "log1p_at_read",
-                labels,
-                values,
-            )
-            if b >= 0:
-                stored = self.words_of(rows[b])
-                if column == 0:
-                    fault = label_fault(int(stored[0]), self._manifest.label_dtype)
-                    raise DataError(f"{self.place(rows[b], 'label')}: {fault}")
-                raise DataError(
-                    f"{self.place(rows[b], 'dense', column - 1)}: dense column {dense.names[column - 1]!r} is "
-                    f"{stored.view(np.float32)[column]}; it must be finite, so fill or clip it in preparation"
-                )
-        return labels, values
+        labels, dense = self.empty_head(rows.size)
+        for block in self.blocks(rows):
+            self.fill_head(rows, block, labels, dense)
+        return labels, dense
+
+    def empty_head(self, num_rows: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Room for the labels [B] and dense columns [B, N] of so many rows."""
+        shape = (num_rows, len(self._manifest.dense.names))
+        return np.empty(num_rows, np.float32), np.empty(shape, np.float32)
+
+    def fill_head(
+        self,
+        rows: Rows,
+        block: tuple[NDArray[np.int32], Rows, Rows],
+        labels: NDArray[np.float32],
+        dense: NDArray[np.float32],
+    ) -> None:
+        """Labels and dense columns of one of the ``blocks`` of ``rows``, written to their places.
+
+        Raises:
+            DataError: a label is neither 0 nor 1, or a dense value is not finite.
+        """
+        info, dtype = self._manifest.dense, self._manifest.label_dtype
+        words, inside, places = block
+        b, column = raw_numba.gather_head(
+            words,
+            words.view(np.float32),
+            inside,
+            places,
+            LABEL_ONE[dtype],
+            info.transform == "log1p_at_read",
+            labels,
+            dense,
+        )
+        if b < 0:
+            return
+        stored = self.words_of(rows[b])
+        if column == 0:
+            raise DataError(f"{self.place(rows[b], 'label')}: {label_fault(int(stored[0]), dtype)}")
+        raise DataError(
+            f"{self.place(rows[b], 'dense', column - 1)}: dense column {info.names[column - 1]!r} is "
+            f"{stored.view(np.float32)[column]}; it must be finite, so fill or clip it in preparation"
+        )
 
     def locate(self, row: int | np.int64) -> tuple[Path, int]:
         """File of a row of the split, and the row inside it (from 0)."""
@@ -154,8 +220,15 @@ class RawReader:
         Raises:
             DataError: a label, dense value, key or weight is out of range.
         """
-        labels, dense = self.files.read_head(rows)
-        return HostBatch(labels, dense, self.read_keys(rows), rows.size)
+        if not self._one_hot or self._manifest.weighted:
+            labels, dense = self.files.read_head(rows)
+            return HostBatch(labels, dense, self.read_keys(rows), rows.size)
+        labels, dense = self.files.empty_head(rows.size)
+        keys = np.empty((self._table_rows.size, rows.size), self._manifest.key_dtype)
+        for block in self.files.blocks(rows):
+            self.files.fill_head(rows, block, labels, dense)
+            self._fill_one_hot(rows, block, keys)
+        return HostBatch(labels, dense, Jagged(keys.reshape(-1), None, None, *keys.shape), rows.size)
 
     def will_need(self, start: int, stop: int) -> None:
         """Have rows ``start .. stop`` read ahead into the page cache."""
@@ -168,19 +241,17 @@ class RawReader:
     def read_keys(self, rows: Rows) -> Jagged:
         """The keys alone of ``read``."""
         num_tables, num_rows = self._table_rows.size, rows.size
-        pieces = list(self.files.pieces(rows))
         if self._one_hot:
             keys = np.empty((num_tables, num_rows), self._manifest.key_dtype)
-            for words, inside, places in pieces:
-                b, column = raw_numba.gather_one_hot(
-                    words, inside, places, self._first, self._wide, self._table_rows, keys
-                )
-                self._check_key(rows, b, column)
+            for block in self.files.blocks(rows):
+                self._fill_one_hot(rows, block, keys)
             weights = None
             if self._manifest.weighted:
+                pieces = list(self.files.pieces(rows))
                 starts = np.arange(num_tables * num_rows).reshape(num_tables, num_rows)
                 weights = self._read_weights(rows, pieces, starts, keys.size)
             return Jagged(keys.reshape(-1), None, weights, num_tables, num_rows)
+        pieces = list(self.files.pieces(rows))
         counts = np.zeros((num_tables, num_rows), np.int64)
         for words, inside, places in pieces:
             b, column = raw_numba.count_keys(
@@ -202,6 +273,17 @@ class RawReader:
         for words, inside, places in pieces:
             raw_numba.fill_keys(words, inside, places, self._first, self._wide, self._columns, starts, keys)
         return Jagged(keys, offsets, self._read_weights(rows, pieces, starts, keys.size), num_tables, num_rows)
+
+    def _fill_one_hot(self, rows: Rows, block: tuple[NDArray[np.int32], Rows, Rows], keys: NDArray[Any]) -> None:
+        """Keys [T, B] of one of the blocks of ``rows``, written to their places."""
+        words, inside, places = block
+        # Two narrow keys are loaded at once where every row starts at a multiple of 8 bytes.
+        paired = not self._wide and words.shape[1] % 2 == 0
+        pairs = words.view(np.int64) if paired else words[:0, :0].view(np.int64)
+        b, column = raw_numba.gather_one_hot(
+            words, pairs, inside, places, self._first, self._wide, self._table_rows, keys
+        )
+        self._check_key(rows, b, column)
 
     def _read_weights(
         self, rows: Rows, pieces: Sequence[tuple[Any, Any, Any]], starts: Rows, num_keys: int

@@ -17,6 +17,8 @@ import numpy as np
 from numba import njit
 
 _BLOCK_ROWS = 64
+_EXPONENT = np.int32(0x7F80_0000)
+"""Bits of a float32 that are all set where it is no finite number."""
 
 
 @njit(nogil=True, cache=True)
@@ -35,21 +37,36 @@ def gather_head(
         labels: [B] float32, written.
         dense: [B, N] float32, written.
     """
-    num_dense = dense.shape[1]
+    for start in range(0, rows.size, _BLOCK_ROWS):
+        stop = min(start + _BLOCK_ROWS, rows.size)
+        wrong = False
+        for i in range(start, stop):  # without a way out, so that the compiler uses vector instructions
+            row, b = rows[i], places[i]
+            label = words[row, 0]
+            wrong |= (label != 0) & (label != one)
+            labels[b] = label != 0
+            for n in range(dense.shape[1]):
+                if log1p:
+                    dense[b, n] = math.log1p(max(words[row, 1 + n], 0))
+                else:
+                    wrong |= (words[row, 1 + n] & _EXPONENT) == _EXPONENT
+                    dense[b, n] = floats[row, 1 + n]
+        if wrong:
+            return _first_in_heads(words, floats, rows[start:stop], places[start:stop], one, dense.shape[1], log1p)
+    return -1, 0
+
+
+@njit(nogil=True, cache=True)
+def _first_in_heads(
+    words: Any, floats: Any, rows: Any, places: Any, one: int, num_dense: int, log1p: bool
+) -> tuple[int, int]:
+    """The first label or dense value of rows, in their order, that is wrong."""
     for i in range(rows.size):
-        row, b = rows[i], places[i]
-        label = words[row, 0]
-        if label != 0 and label != one:
-            return b, 0
-        labels[b] = label != 0
+        if words[rows[i], 0] != 0 and words[rows[i], 0] != one:
+            return places[i], 0
         for n in range(num_dense):
-            if log1p:
-                dense[b, n] = math.log1p(max(words[row, 1 + n], 0))
-            else:
-                value = floats[row, 1 + n]
-                if not math.isfinite(value):
-                    return b, 1 + n
-                dense[b, n] = value
+            if not log1p and not math.isfinite(floats[rows[i], 1 + n]):
+                return places[i], 1 + n
     return -1, 0
 
 
@@ -62,14 +79,58 @@ def key_at(words: Any, row: int, word: int, wide: bool) -> Any:
     return np.int64(words[row, word])
 
 
+@njit(nogil=True, inline="always")
+def _outside(key: Any, limit: Any) -> Any:
+    """Whether a key is negative or at least ``limit``, in one comparison."""
+    return np.uint64(key) >= np.uint64(limit)
+
+
+@njit(nogil=True)
+def _one_column(
+    words: Any, rows: Any, places: Any, together: bool, word: int, wide: bool, limit: Any, column: Any
+) -> Any:
+    """The keys of a table; whether one lies outside."""
+    wrong, place = False, places[0]
+    if together:
+        for i in range(rows.size):
+            key = key_at(words, rows[i], word, wide)
+            wrong |= _outside(key, limit)
+            column[place + i] = key
+    else:
+        for i in range(rows.size):
+            key = key_at(words, rows[i], word, wide)
+            wrong |= _outside(key, limit)
+            column[places[i]] = key
+    return wrong
+
+
+@njit(nogil=True, inline="always")
+def _limit(rows: Any) -> Any:
+    """Rows of a table as far as int32 keys can name them, so that a negative key lies beyond, too."""
+    return np.uint32(min(rows, 1 << 31))
+
+
+@njit(nogil=True)
+def _two_columns(pairs: Any, rows: Any, pair: int, limit: Any, next_limit: Any, column: Any, next_column: Any) -> Any:
+    """The keys of two tables, which one load brings; whether one lies outside."""
+    wrong = False
+    for i in range(rows.size):
+        both = np.uint64(pairs[rows[i], pair])
+        low, high = np.uint32(both), np.uint32(both >> np.uint64(32))
+        wrong |= (low >= limit) | (high >= next_limit)
+        column[i], next_column[i] = np.int32(low), np.int32(high)
+    return wrong
+
+
 @njit(nogil=True, cache=True)
 def gather_one_hot(
-    words: Any, rows: Any, places: Any, first: int, wide: bool, table_rows: Any, keys: Any
+    words: Any, pairs: Any, rows: Any, places: Any, first: int, wide: bool, table_rows: Any, keys: Any
 ) -> tuple[int, int]:
     """Keys of rows that hold exactly one per table.
 
     Args:
         words: [R, V] int32, the file.
+        pairs: [R, V / 2] int64, the same bytes, where V is even and keys are narrow; else empty.
         rows: [B] int64.
         places: [B] int64, ascending.
         first: word of the first key.
@@ -81,20 +142,19 @@ def gather_one_hot(
     for start in range(0, rows.size, _BLOCK_ROWS):
         stop = min(start + _BLOCK_ROWS, rows.size)
         # Table by table: the rows lie in the nearest cache, and keys are written one behind the other.
-        wrong, place = False, places[start]
+        wrong, place, t = False, places[start], 0
         together = places[stop - 1] - place == stop - 1 - start  # places ascend
-        for t in range(table_rows.size):
-            limit, column, word = table_rows[t], keys[t], first + t * step
-            if together:
-                for i in range(start, stop):
-                    key = key_at(words, rows[i], word, wide)
-                    wrong |= key < 0 or key >= limit
-                    column[place + (i - start)] = key
+        while t < table_rows.size:
+            word = first + t * step
+            if together and pairs.size and word % 2 == 0 and t + 1 < table_rows.size:
+                limit, next_limit = _limit(table_rows[t]), _limit(table_rows[t + 1])
+                column, next_column = keys[t, place:], keys[t + 1, place:]
+                wrong |= _two_columns(pairs, rows[start:stop], word // 2, limit, next_limit, column, next_column)
+                t += 2
             else:
-                for i in range(start, stop):
-                    key = key_at(words, rows[i], word, wide)
-                    wrong |= key < 0 or key >= limit
-                    column[places[i]] = key
+                part = rows[start:stop]
+                wrong |= _one_column(words, part, places[start:stop], together, word, wide, table_rows[t], keys[t])
+                t += 1
         if wrong:
             return _first_outside(words, rows[start:stop], places[start:stop], first, wide, table_rows)
     return -1, 0

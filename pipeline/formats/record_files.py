@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlrm.errors import DataError
+from pipeline.formats.batch import cut_short, unreadable
 from pipeline.formats.raw import LABEL_ONE, RowFiles
 from pipeline.manifest import DenseTransform, Manifest, SplitInfo, row_words
 
@@ -233,17 +234,10 @@ class RecordFiles:
             except OSError as error:
                 if direct and error.errno == errno.EINVAL:
                     raise _NotDirectError from None
-                raise DataError(
-                    f"{self._paths[file]}: row {(place + got) // self._row_bytes} (byte {place + got}): cannot be "
-                    f"read ({error.strerror}); check the disk, or restore the file"
-                ) from None
+                raise DataError(unreadable(self._paths[file], place + got, self._row_bytes, error)) from None
             got += read
             if not read or (direct and read % PAGE and got < needed):
-                raise DataError(
-                    f"{self._paths[file]}: row {(place + got) // self._row_bytes} (byte {place + got}): the file ends "
-                    f"there, but {needed - got} more bytes were listed; it was cut short while it was read, copy it "
-                    "again"
-                )
+                raise DataError(cut_short(self._paths[file], place + got, self._row_bytes, needed - got))
 
     def _descriptor(self, file: int, *, direct: bool) -> int:
         with self._lock:
