@@ -45,7 +45,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 """Rows of each table."""
 
-_CHUNK = 65_536
+_CHUNK = 16_384
+"""Rows made at once: in larger pieces fresh memory costs more than the making, and no cache holds them."""
 
 
 def describe_synthetic(
