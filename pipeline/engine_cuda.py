@@ -36,7 +36,9 @@ def build_captured(config: RunConfig, plan: Plan, comm: Comm, device: Device, fi
         table_dtype=DTYPES[config.table_precision],
         seed=config.seed,
         first=first,
-        deterministic=config.deterministic,
+        # Sorting needs the keys alone and runs beside the dense lane; the update of sorted rows is then faster than
+        # adding gradients to the rows as they come. In sequence both take as long (benchmarks/RESULTS.md).
+        deterministic=config.deterministic or (config.overlap.train is not False and config.overlap.depth > 1),
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -18,15 +17,18 @@ from numpy.typing import NDArray
 
 from dlrm.errors import ConfigError
 from embedding.topology import share_of, start_of
+from pipeline.permutation import ROUNDS
+from pipeline.permutation_numba import permute
 
 Rows = NDArray[np.int64]
 Run = tuple[int, int]
 """First row and number of rows of a contiguous piece of a split."""
 
-_WINDOWS_KEPT = 3
-"""A batch may straddle two, and one is drawn ahead."""
-_DRAWN_AHEAD = 1 << 16
-"""Blocks of a window that take long enough to be drawn by a thread of their own: a tenth of a second for 8 million."""
+_WINDOWS_KEPT = 2
+"""A batch may straddle two."""
+_MOST_DRAWN = 1 << 16
+"""Blocks of a window that are shuffled by drawing; the order of more is computed place by place, which has no wait for
+a window (NumPy draws 20 million a second) and keeps nothing."""
 
 
 class OrderedRows(Protocol):
@@ -136,10 +138,10 @@ class RowOrder:
     Every shard (file) is cut into windows of ``window`` rows in file order, the last one of a shard may be shorter, and
     windows are numbered through all shards. An epoch visits the windows in a random order; a window is cut into
     blocks of ``block`` rows (the last one may be shorter), which are visited in a random order, each from its first
-    row to its last. With ``block`` 1 single rows are shuffled. Both orders are permutations by NumPy's
-    ``Generator(Philox)`` with key (seed, 0) and counter (0, 0, stream, epoch), stream 0 for the order of the
-    windows and 1 + w for the blocks of window w, so that any position is found without replaying the ones before.
-    Memory: three windows of 8 bytes a block.
+    row to its last. With ``block`` 1 single rows are shuffled. All orders come from NumPy's ``Generator(Philox)`` with
+    key (seed, 0) and counter (0, 0, stream, epoch), stream 0 for the windows and 1 + w for the blocks of window w: up
+    to 65,536 by ``permutation``, more by ``pipeline.permutation`` with keys drawn there. So any position is found
+    without replaying the ones before. Memory: two windows of 8 bytes a block, none for single rows of large windows.
     """
 
     def __init__(self, split: OrderedRows, *, seed: int, shuffle: bool, window: int, block: int = 1) -> None:
@@ -163,8 +165,8 @@ class RowOrder:
         stops = [np.minimum(first + window, stop) for first, stop in zip(firsts, starts[1:], strict=True)]
         self._sizes: Rows = np.concatenate([*stops, np.empty(0, np.int64)]).astype(np.int64) - self._firsts
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[int, int], Future[Rows]] = OrderedDict()
-        self._pool: ThreadPoolExecutor | None = None
+        self._kept: OrderedDict[tuple[int, int], Rows] = OrderedDict()
+        self._announced: tuple[int, int] | None = None
         self._windows: tuple[int, Rows, Rows] | None = None
 
     def rows(self, epoch: int, start: int, stop: int) -> Rows:
@@ -173,7 +175,7 @@ class RowOrder:
         if runs is not None:
             pieces = [np.arange(first, first + count, dtype=np.int64) for first, count in runs]
         else:
-            pieces = [blocks[begin:end] for blocks, _, begin, end in self._windows_between(epoch, start, stop)]
+            pieces = [self._blocks(epoch, *part) for part in self._windows_between(epoch, start, stop)]
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
     def runs(self, epoch: int, start: int, stop: int) -> list[Run] | None:
@@ -183,12 +185,14 @@ class RowOrder:
         if self._block == 1:
             return None
         runs: list[Run] = []
-        for blocks, window, begin, end in self._windows_between(epoch, start, stop):
-            runs += self._runs_of_window(blocks, window, begin, end)
+        for window, begin, end in self._windows_between(epoch, start, stop):
+            runs += self._runs_of_window(epoch, window, begin, end)
         return runs
 
-    def _runs_of_window(self, blocks: Rows, window: int, begin: int, end: int) -> list[Run]:
-        """Runs of positions ``begin .. end`` of a window whose blocks start at rows ``blocks`` [m], in order."""
+    def _runs_of_window(self, epoch: int, window: int, begin: int, end: int) -> list[Run]:
+        """Runs of positions ``begin .. end`` of a window, in order."""
+        with self._lock:
+            blocks = self._all_blocks(epoch, window)
         past = int(self._firsts[window] + self._sizes[window])
         sizes = np.minimum(self._block, past - blocks)
         starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -204,16 +208,16 @@ class RowOrder:
             begin, turn = stop, turn + 1
         return runs
 
-    def _windows_between(self, epoch: int, start: int, stop: int) -> list[tuple[Rows, int, int, int]]:
-        """Blocks [m], number and positions (from, to) of every window that positions ``start .. stop`` touch."""
+    def _windows_between(self, epoch: int, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Number and positions (from, to) of every window that positions ``start .. stop`` touch."""
         pieces = []
         with self._lock:
             order, starts = self._window_order(epoch)
             turn = int(np.searchsorted(starts, start, side="right")) - 1
             while start < stop:
                 last = min(stop, int(starts[turn + 1]))
-                blocks = self._window_blocks(epoch, turn, order)
-                pieces.append((blocks, int(order[turn]), start - int(starts[turn]), last - int(starts[turn])))
+                self._announce(epoch, turn, order)
+                pieces.append((int(order[turn]), start - int(starts[turn]), last - int(starts[turn])))
                 start, turn = last, turn + 1
         return pieces
 
@@ -227,48 +231,40 @@ class RowOrder:
             self._windows = (epoch, order, np.concatenate([[0], np.cumsum(self._sizes[order])]))
         return self._windows[1:]
 
-    def _window_blocks(self, epoch: int, turn: int, order: Rows) -> Rows:
-        """First rows [m] of a window's blocks in their order; a large next window is drawn meanwhile."""
-        window = int(order[turn])
-        new = (epoch, window) not in self._kept
-        blocks = self._blocks_of(epoch, window, ahead=False).result()
-        if new:
-            self._announce(order[turn : turn + 2])
-        if turn + 1 < order.size:
-            self._blocks_of(epoch, int(order[turn + 1]), ahead=True)
-        else:
-            first = int(self._generator(epoch + 1, 0).permutation(self._firsts.size)[0])
-            self._blocks_of(epoch + 1, first, ahead=True)
-        while len(self._kept) > _WINDOWS_KEPT:
-            self._kept.popitem(last=False)
-        return blocks
-
-    def _blocks_of(self, epoch: int, window: int, *, ahead: bool) -> Future[Rows]:
-        """The blocks of a window, drawn now or, where that takes long, by a thread."""
-        key = (epoch, window)
-        if key in self._kept:
-            return self._kept[key]
-        count = -(-int(self._sizes[window]) // self._block)
-        drawn: Future[Rows] = Future()
-        if ahead and count < _DRAWN_AHEAD:
-            return drawn  # when its turn comes
-        if ahead:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(1, thread_name_prefix="order")
-            drawn = self._pool.submit(self._draw, epoch, window, count)
-        else:
-            drawn.set_result(self._draw(epoch, window, count))
-        self._kept[key] = drawn
-        return drawn
-
-    def _draw(self, epoch: int, window: int, count: int) -> Rows:
-        blocks = self._generator(epoch, 1 + window).permutation(count)
+    def _blocks(self, epoch: int, window: int, begin: int, end: int) -> Rows:
+        """First rows of blocks ``begin .. end`` of a window in their order."""
+        count = self._num_blocks(window)
+        if count <= _MOST_DRAWN:
+            with self._lock:
+                return self._all_blocks(epoch, window)[begin:end]
+        blocks = np.empty(end - begin, np.int64)
+        keys = self._generator(epoch, 1 + window).integers(0, 1 << 32, ROUNDS, dtype=np.uint32)
+        permute(begin, keys, count, blocks)
         blocks *= self._block
         blocks += self._firsts[window]
         return blocks
 
-    def _announce(self, windows: Rows) -> None:
+    def _all_blocks(self, epoch: int, window: int) -> Rows:
+        """First rows [m] of a window's blocks in their order; kept, for the lock's owner."""
+        key, count = (epoch, window), self._num_blocks(window)
+        if key not in self._kept:
+            if count <= _MOST_DRAWN:
+                drawn = self._generator(epoch, 1 + window).permutation(count)
+                self._kept[key] = self._firsts[window] + self._block * drawn
+            else:
+                self._kept[key] = self._blocks(epoch, window, 0, count)
+            while len(self._kept) > _WINDOWS_KEPT:
+                self._kept.popitem(last=False)
+        return self._kept[key]
+
+    def _num_blocks(self, window: int) -> int:
+        return -(-int(self._sizes[window]) // self._block)
+
+    def _announce(self, epoch: int, turn: int, order: Rows) -> None:
         """Have this window and the next read in sequence, before rows are picked from them at random."""
-        for window in windows:
+        if self._announced == (epoch, turn):
+            return
+        self._announced = epoch, turn
+        for window in order[turn : turn + 2]:
             first = int(self._firsts[window])
             self._split.will_need(first, first + int(self._sizes[window]))
