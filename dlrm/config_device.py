@@ -18,3 +18,6 @@ class CudaConfig:
     fused_eval: bool | Literal["auto"] = "auto"
     """Evaluate on one GPU with look-up and interaction as one kernel, nothing overlapped; ``auto``: where the shapes
     allow it."""
+    fused_train: bool | Literal["auto"] = "auto"
+    """Train on one GPU with look-up and interaction as one kernel, which reads the rows once more for the gradients
+    instead of keeping them; ``auto``: where the shapes allow it."""

@@ -3,7 +3,8 @@
 // Shapes: B rows of the batch, F vectors a row, D columns, P = F (F - 1) / 2 pairs (i, j), j < i.
 // Macros: DIM = D, a multiple of 8; VECTORS = F, at most 64; FIRST: 1 if place 0 is the bottom output; NUMBER: half_t
 // or bfloat_t; ALIGNED: 1 if the pairs' rows begin at multiples of 16 bytes and have room for a whole number of them;
-// backward: RELU: 1 if place 0 came out of a ReLU whose derivative is to be applied; fused: WEIGHT, KEY: element types.
+// RELU: 1 if place 0 came out of a ReLU whose derivative a backward pass is to apply; fused: WEIGHT, KEY: element types;
+// BLOCKS: of a multiprocessor, backward; BATCHED: strips whose vectors a warp asks for together.
 //
 // A warp has one row of the batch. Lane l reads 16 bytes of vector l / 4 (+ 8, 16, ...): eight numbers at column
 // 8 (l % 4) (+ 32, 64, ...). A product of vectors does not mind the order of the columns, so that these registers are
@@ -104,6 +105,83 @@ DEVICE void read_vectors(const NUMBER* vectors, int first_strip, int lane, uint4
   }
 }
 
+// The pairs' gradients as a symmetric matrix with a zero diagonal, entry (i, k) and (i, k + 1).
+DEVICE uint32 gradient_pair(const NUMBER* row, int i, int k) {
+  uint32 pair = 0;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int high = i > k + e ? i : k + e;
+    const int low = i > k + e ? k + e : i;
+    if (high < VECTORS && high != low) pair |= uint32(row[pair_index(high, low)].bits) << (16 * e);
+  }
+  return pair;
+}
+
+// Clear the halves of `gradient` where those of `output` are not above zero; a NaN lets its gradient through.
+DEVICE uint32 relu_gradient(uint32 gradient, uint32 output) {
+  const float2 v = unpack(NUMBER(), output);
+  return gradient & ((v.x <= 0 ? 0u : 0xffffu) | (v.y <= 0 ? 0u : 0xffff0000u));
+}
+
+// The gradients of one row of the batch: fragments of the symmetric matrix, and the products with the vectors.
+struct Gradients {
+  uint32 g[TILES][TILES][4];
+
+  DEVICE void read(const NUMBER* row, int lane) {
+#pragma unroll
+    for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+      for (int k = 0; k < TILES; ++k) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          g[m][k][e] = gradient_pair(row, 16 * m + lane / 4 + e % 2 * 8, 16 * k + lane % 4 * 2 + e / 2 * 8);
+        }
+      }
+    }
+  }
+
+  // Columns 32 strip ... of all grad_vectors, from the same columns of the vectors.
+  DEVICE void write_strip(const uint4 (&x)[BANDS], const NUMBER* row, int strip, int lane, NUMBER* grad_vectors) const {
+    const int column = 32 * strip + lane % 4 * 8;
+    float c[TILES][4][4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+#pragma unroll
+      for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) c[m][q][e] = 0;
+      }
+      if (FIRST && lane < 4 && column < DIM) {
+        c[0][q][0] = to_float(row[column + 2 * q]);
+        c[0][q][1] = to_float(row[column + 2 * q + 1]);
+      }
+#pragma unroll
+      for (int k = 0; k < TILES; ++k) {
+        const uint4 &up = x[2 * k], &down = x[2 * k + 1];
+        const uint32 b0 = transpose_8x8(q == 0 ? up.x : q == 1 ? up.y : q == 2 ? up.z : up.w);
+        const uint32 b1 = transpose_8x8(q == 0 ? down.x : q == 1 ? down.y : q == 2 ? down.z : down.w);
+#pragma unroll
+        for (int m = 0; m < TILES; ++m) {
+          multiply_16x8x16<NUMBER>(c[m][q], g[m][k][0], g[m][k][1], g[m][k][2], g[m][k][3], b0, b1);
+        }
+      }
+    }
+#pragma unroll
+    for (int band = 0; band < BANDS; ++band) {
+      const int vector = 8 * band + lane / 4;
+      const int m = band / 2, e = band % 2 * 2;
+      uint4 result = make_uint4(pack(NUMBER(), c[m][0][e], c[m][0][e + 1]), pack(NUMBER(), c[m][1][e], c[m][1][e + 1]),
+                                pack(NUMBER(), c[m][2][e], c[m][2][e + 1]), pack(NUMBER(), c[m][3][e], c[m][3][e + 1]));
+      if (RELU && FIRST && vector == 0) {
+        const uint4& y = x[0];
+        result = make_uint4(relu_gradient(result.x, y.x), relu_gradient(result.y, y.y),
+                            relu_gradient(result.z, y.z), relu_gradient(result.w, y.w));
+      }
+      if (vector < VECTORS && column < DIM) *reinterpret_cast<uint4*>(grad_vectors + vector * DIM + column) = result;
+    }
+  }
+};
+
 #ifndef WEIGHT
 
 // out = [vectors[:, 0] if FIRST] + [dots], and zeros up to a multiple of 8 columns where ALIGNED.
@@ -133,24 +211,6 @@ KERNEL void __launch_bounds__(128) interaction_forward(
   copy_row(out + b * out_stride, row, lane);
 }
 
-// The pairs' gradients as a symmetric matrix with a zero diagonal, entry (i, k) and (i, k + 1).
-DEVICE uint32 gradient_pair(const NUMBER* row, int i, int k) {
-  uint32 pair = 0;
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    const int high = i > k + e ? i : k + e;
-    const int low = i > k + e ? k + e : i;
-    if (high < VECTORS && high != low) pair |= uint32(row[pair_index(high, low)].bits) << (16 * e);
-  }
-  return pair;
-}
-
-// Clear the halves of `gradient` where those of `output` are not above zero; a NaN lets its gradient through.
-DEVICE uint32 relu_gradient(uint32 gradient, uint32 output) {
-  const float2 v = unpack(NUMBER(), output);
-  return gradient & ((v.x <= 0 ? 0u : 0xffffu) | (v.y <= 0 ? 0u : 0xffff0000u));
-}
-
 // grad_vectors[i] = sum over j of grad_ij vectors[j], and on place 0 grad_out's first D columns too.
 KERNEL void __launch_bounds__(128) interaction_backward(
     const NUMBER* __restrict__ vectors, const NUMBER* __restrict__ grad_out, int64 num_rows, int64 grad_stride,
@@ -164,67 +224,18 @@ KERNEL void __launch_bounds__(128) interaction_backward(
   grad_vectors += b * VECTORS * DIM;
   copy_row(row, grad_out + b * grad_stride, lane);
   __syncwarp();
-  uint32 g[TILES][TILES][4];
-#pragma unroll
-  for (int m = 0; m < TILES; ++m) {
-#pragma unroll
-    for (int k = 0; k < TILES; ++k) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        g[m][k][e] = gradient_pair(row, 16 * m + lane / 4 + e % 2 * 8, 16 * k + lane % 4 * 2 + e / 2 * 8);
-      }
-    }
-  }
+  Gradients gradients;
+  gradients.read(row, lane);
 #pragma unroll
   for (int first_strip = 0; first_strip < STRIPS; first_strip += ASKED) {
     uint4 x[ASKED][BANDS];
     read_vectors(vectors, first_strip, lane, x);
 #pragma unroll
-    for (int s = 0; s < ASKED; ++s) {
-      const int column = 32 * (first_strip + s) + lane % 4 * 8;
-      float c[TILES][4][4];
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-#pragma unroll
-        for (int m = 0; m < TILES; ++m) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) c[m][q][e] = 0;
-        }
-        if (FIRST && lane < 4 && column < DIM) {
-          c[0][q][0] = to_float(row[column + 2 * q]);
-          c[0][q][1] = to_float(row[column + 2 * q + 1]);
-        }
-#pragma unroll
-        for (int k = 0; k < TILES; ++k) {
-          const uint4 &up = x[s][2 * k], &down = x[s][2 * k + 1];
-          const uint32 b0 = transpose_8x8(q == 0 ? up.x : q == 1 ? up.y : q == 2 ? up.z : up.w);
-          const uint32 b1 = transpose_8x8(q == 0 ? down.x : q == 1 ? down.y : q == 2 ? down.z : down.w);
-#pragma unroll
-          for (int m = 0; m < TILES; ++m) {
-            multiply_16x8x16<NUMBER>(c[m][q], g[m][k][0], g[m][k][1], g[m][k][2], g[m][k][3], b0, b1);
-          }
-        }
-      }
-#pragma unroll
-      for (int band = 0; band < BANDS; ++band) {
-        const int vector = 8 * band + lane / 4;
-        const int m = band / 2, e = band % 2 * 2;
-        uint4 result = make_uint4(pack(NUMBER(), c[m][0][e], c[m][0][e + 1]), pack(NUMBER(), c[m][1][e], c[m][1][e + 1]),
-                                  pack(NUMBER(), c[m][2][e], c[m][2][e + 1]), pack(NUMBER(), c[m][3][e], c[m][3][e + 1]));
-        if (RELU && FIRST && vector == 0) {
-          const uint4& y = x[s][0];
-          result = make_uint4(relu_gradient(result.x, y.x), relu_gradient(result.y, y.y),
-                              relu_gradient(result.z, y.z), relu_gradient(result.w, y.w));
-        }
-        if (vector < VECTORS && column < DIM) {
-          *reinterpret_cast<uint4*>(grad_vectors + vector * DIM + column) = result;
-        }
-      }
-    }
+    for (int s = 0; s < ASKED; ++s) gradients.write_strip(x[s], row, first_strip + s, lane, grad_vectors);
   }
 }
 
-#else  // WEIGHT: forward only, straight from the tables
+#else  // WEIGHT: straight from the tables
 
 // Eight numbers of a table row, in the type that the tensor cores multiply.
 DEVICE uint4 fragment(const NUMBER* source) { return read_16(source); }
@@ -235,8 +246,61 @@ DEVICE uint4 fragment(const S* source) {
                     pack(NUMBER(), high.z, high.w));
 }
 
+constexpr int COUNT = ASKED < BATCHED ? ASKED : BATCHED;
+
+// The rows of the batch that a warp takes in turn. Lane l knows the keys of the bands' vectors l / 4, and asks for the
+// next row's keys while it works on this one.
+struct Rows {
+  const int64* row_start;
+  const KEY* keys;
+  int64 num_rows;
+  int64 start[BANDS];
+  KEY key[BANDS];
+
+  static DEVICE int table_of(int band, int lane) { return 8 * band + lane / 4 - FIRST; }
+  static DEVICE bool is_table(int table) { return table >= 0 && table < VECTORS - FIRST; }
+
+  DEVICE Rows(const int64* row_start, const KEY* keys, int64 num_rows, int64 b, int lane)
+      : row_start(row_start), keys(keys), num_rows(num_rows) {
+#pragma unroll
+    for (int band = 0; band < BANDS; ++band) {
+      const int table = table_of(band, lane);
+      start[band] = is_table(table) ? row_start[table] : 0;
+      key[band] = is_table(table) ? keys[table * num_rows + b] : KEY(0);
+    }
+  }
+
+  // Where the row's vectors lie in `weight`; then the keys are those of row `next`.
+  DEVICE void take(const WEIGHT* weight, int64 next, int lane, const WEIGHT* (&rows)[BANDS]) {
+#pragma unroll
+    for (int band = 0; band < BANDS; ++band) {
+      rows[band] = weight + (start[band] + key[band]) * DIM;
+      const int table = table_of(band, lane);
+      if (is_table(table) && next < num_rows) key[band] = keys[table * num_rows + next];
+    }
+  }
+};
+
+// As read_vectors, place 0 from `bottom`, the others from the tables' rows.
+DEVICE void read_rows(const NUMBER* bottom, const WEIGHT* const (&rows)[BANDS], int first_strip, int lane, uint4 (&x)[COUNT][BANDS]) {
+#pragma unroll
+  for (int s = 0; s < COUNT; ++s) {
+    const int column = 32 * (first_strip + s) + lane % 4 * 8;
+#pragma unroll
+    for (int band = 0; band < BANDS; ++band) {
+      const int vector = 8 * band + lane / 4;
+      x[s][band] = make_uint4(0, 0, 0, 0);
+      if (FIRST && vector == 0) {
+        if (column < DIM) x[s][band] = read_16(bottom + column);
+      } else if (vector < VECTORS && column < DIM) {
+        x[s][band] = fragment(rows[band] + column);
+      }
+    }
+  }
+}
+
 // interaction_forward of vectors that are never written: place 0 from `bottom`, table t's from its row
-// weight[row_start[t] + keys[t, b]]. Every warp has many rows of the batch, and the next one's keys on their way.
+// weight[row_start[t] + keys[t, b]]. Every warp has many rows of the batch.
 KERNEL void __launch_bounds__(128) gather_interaction(
     const NUMBER* __restrict__ bottom, int64 bottom_stride, const WEIGHT* __restrict__ weight,
     const int64* __restrict__ row_start, const KEY* __restrict__ keys, int64 num_rows, int64 out_stride,
@@ -248,46 +312,17 @@ KERNEL void __launch_bounds__(128) gather_interaction(
   const int64 step = int64(gridDim.x) * warps;
   int64 b = int64(blockIdx.x) * warps + threadIdx.x / LANES;
   if (b >= num_rows) return;
-  // Lane l knows the keys of the bands' vectors l / 4.
-  int64 start[BANDS];
-  KEY key[BANDS];
-#pragma unroll
-  for (int band = 0; band < BANDS; ++band) {
-    const int table = 8 * band + lane / 4 - FIRST;
-    const bool there = table >= 0 && table < VECTORS - FIRST;
-    start[band] = there ? row_start[table] : 0;
-    key[band] = there ? keys[table * num_rows + b] : KEY(0);
-  }
+  Rows own(row_start, keys, num_rows, b, lane);
   clear_padding(row, lane);
   for (; b < num_rows; b += step) {
     const WEIGHT* rows[BANDS];
-#pragma unroll
-    for (int band = 0; band < BANDS; ++band) {
-      rows[band] = weight + (start[band] + key[band]) * DIM;
-      const int table = 8 * band + lane / 4 - FIRST;
-      if (table >= 0 && table < VECTORS - FIRST && b + step < num_rows) key[band] = keys[table * num_rows + b + step];
-    }
+    own.take(weight, b + step, lane, rows);
     Products products;
     products.clear();
-    // float rows take twice the registers on their way.
-    constexpr int COUNT = sizeof(WEIGHT) == 4 && ASKED > 1 ? ASKED / 2 : ASKED;
 #pragma unroll
     for (int first_strip = 0; first_strip < STRIPS; first_strip += COUNT) {
       uint4 x[COUNT][BANDS];
-#pragma unroll
-      for (int s = 0; s < COUNT; ++s) {
-        const int column = 32 * (first_strip + s) + lane % 4 * 8;
-#pragma unroll
-        for (int band = 0; band < BANDS; ++band) {
-          const int vector = 8 * band + lane / 4;
-          x[s][band] = make_uint4(0, 0, 0, 0);
-          if (FIRST && vector == 0) {
-            if (column < DIM) x[s][band] = read_16(bottom + b * bottom_stride + column);
-          } else if (vector < VECTORS && column < DIM) {
-            x[s][band] = fragment(rows[band] + column);
-          }
-        }
-      }
+      read_rows(bottom + b * bottom_stride, rows, first_strip, lane, x);
 #pragma unroll
       for (int s = 0; s < COUNT; ++s) {
         write_bottom(row, x[s][0], first_strip + s, lane);
@@ -297,6 +332,41 @@ KERNEL void __launch_bounds__(128) gather_interaction(
     products.write_pairs(row, lane);
     __syncwarp();
     copy_row(out + b * out_stride, row, lane);
+    __syncwarp();
+  }
+}
+
+// interaction_backward of the same vectors, which are read from the tables once more.
+KERNEL void __launch_bounds__(128, BLOCKS) gather_interaction_backward(
+    const NUMBER* __restrict__ bottom, int64 bottom_stride, const WEIGHT* __restrict__ weight,
+    const int64* __restrict__ row_start, const KEY* __restrict__ keys, const NUMBER* __restrict__ grad_out,
+    int64 num_rows, int64 grad_stride, NUMBER* __restrict__ grad_vectors) {
+  DYNAMIC_SHARED(shared);
+  const int lane = threadIdx.x % LANES;
+  NUMBER* row = reinterpret_cast<NUMBER*>(shared) + threadIdx.x / LANES * PADDED;
+  const int warps = blockDim.x / LANES;
+  const int64 step = int64(gridDim.x) * warps;
+  int64 b = int64(blockIdx.x) * warps + threadIdx.x / LANES;
+  if (b >= num_rows) return;
+  Rows own(row_start, keys, num_rows, b, lane);
+  for (; b < num_rows; b += step) {
+    const WEIGHT* rows[BANDS];
+    own.take(weight, b + step, lane, rows);
+    // The first vectors are on their way while the gradients of the pairs come.
+    uint4 x[COUNT][BANDS];
+    read_rows(bottom + b * bottom_stride, rows, 0, lane, x);
+    copy_row(row, grad_out + b * grad_stride, lane);
+    __syncwarp();
+    Gradients gradients;
+    gradients.read(row, lane);
+#pragma unroll
+    for (int first_strip = 0; first_strip < STRIPS; first_strip += COUNT) {
+      if (first_strip) read_rows(bottom + b * bottom_stride, rows, first_strip, lane, x);
+#pragma unroll
+      for (int s = 0; s < COUNT; ++s) {
+        gradients.write_strip(x[s], row, first_strip + s, lane, grad_vectors + b * VECTORS * DIM);
+      }
+    }
     __syncwarp();
   }
 }

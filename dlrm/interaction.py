@@ -10,6 +10,8 @@ Source: Naumov et al., "Deep Learning Recommendation Model for Personalization a
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from dlrm.device import Array, Device
@@ -113,7 +115,7 @@ def gather_interaction(
     first: int,
     device: Device,
 ) -> Array:
-    """``interaction_forward`` of the tables' rows, for passes that need no vectors afterwards.
+    """``interaction_forward`` of the tables' rows, which are not kept.
 
     Args:
         bottom: [B, >= D], place 0; not read if ``first`` is 0.
@@ -132,7 +134,49 @@ def gather_interaction(
     if kernel is not None:
         kernel(bottom, weight, row_start, keys, num_rows, out, first)
         return out
-    rows = weight[row_start[:, None] + keys.reshape(len(row_start), num_rows)].transpose(1, 0, 2).astype(out.dtype)
-    dim = weight.shape[1]
-    vectors = device.xp.concatenate([bottom[:num_rows, None, :dim], rows], axis=1) if first else rows
+    vectors = _gathered(bottom, weight, row_start, keys, num_rows, first, out.dtype, device)
     return interaction_forward(vectors, out, first=first, device=device)
+
+
+def gather_interaction_backward(
+    bottom: Array,
+    weight: Array,
+    row_start: Array,
+    keys: Array,
+    num_rows: int,
+    grad_out: Array,
+    grad_vectors: Array,
+    *,
+    first: int,
+    device: Device,
+) -> Array:
+    """``interaction_backward_relu`` of the tables' rows, read once more: before anybody updates them.
+
+    Args:
+        bottom: as ``gather_interaction`` had it, as ``weight``, ``row_start``, ``keys`` and ``num_rows``.
+        weight: [R, D].
+        row_start: [T].
+        keys: [T * B].
+        num_rows: B.
+        grad_out: [B, first * D + P]; its dtype is the one that is multiplied.
+        grad_vectors: [B, F, D], written; place 0 is 0 where ``bottom`` is not above 0.
+        first: 1 with a bottom output, else 0.
+        device: runs it.
+
+    Returns:
+        ``grad_vectors``.
+    """
+    kernel = device.kernel(__name__, "gather_interaction_backward")
+    if kernel is not None:
+        kernel(bottom, weight, row_start, keys, num_rows, grad_out, grad_vectors, first)
+        return grad_vectors
+    vectors = _gathered(bottom, weight, row_start, keys, num_rows, first, grad_out.dtype, device)
+    return interaction_backward_relu(vectors, grad_out, grad_vectors, first=first, device=device)
+
+
+def _gathered(
+    bottom: Array, weight: Array, row_start: Array, keys: Array, num_rows: int, first: int, dtype: Any, device: Device
+) -> Array:
+    rows = weight[row_start[:, None] + keys.reshape(len(row_start), num_rows)].transpose(1, 0, 2).astype(dtype)
+    dim = weight.shape[1]
+    return device.xp.concatenate([bottom[:num_rows, None, :dim], rows], axis=1) if first else rows

@@ -20,8 +20,11 @@ PLAIN = Path(__file__).with_name("interaction_plain.cu")
 MOST_VECTORS = 64
 """More vectors than this leave too few registers on the tensor cores' path."""
 WARPS = 4
-FUSED_BLOCKS = 4
-"""Blocks of a multiprocessor that walk the batch in the fused form."""
+FUSED_FORWARD = {"BLOCKS": 4, "BATCHED": 2}
+"""How the fused form walks the batch: blocks of a multiprocessor, and 32-column strips of float32 rows that a warp asks
+for together."""
+FUSED_BACKWARD = {"BLOCKS": 4, "BATCHED": 2}
+"""The same of its backward pass."""
 
 
 def interaction_forward(vectors: Any, out: Any, first: int) -> None:
@@ -69,23 +72,56 @@ def gather_interaction(
     Raises:
         DeviceError: the shape or type is not for the tensor cores.
     """
+    tables = (weight, row_start, keys)
+    shape = (np.int64(num_rows), np.int64(row_stride(out)))
+    _fused("gather_interaction", bottom, *tables, out, first, FUSED_FORWARD, 0, (*shape, out), num_rows)
+
+
+def gather_interaction_backward(
+    bottom: Any, weight: Any, row_start: Any, keys: Any, num_rows: int, grad_out: Any, grad_vectors: Any, first: int
+) -> None:
+    """See ``interaction.gather_interaction_backward``; shapes and types as for ``gather_interaction``.
+
+    Raises:
+        DeviceError: the shape or type is not for the tensor cores.
+    """
+    tables = (weight, row_start, keys)
+    rest = (grad_out, np.int64(num_rows), np.int64(row_stride(grad_out)), grad_vectors)
+    _fused(
+        "gather_interaction_backward", bottom, *tables, grad_out, first, FUSED_BACKWARD, 1, rest, num_rows
+    )
+
+
+def _fused(
+    name: str,
+    bottom: Any,
+    weight: Any,
+    row_start: Any,
+    keys: Any,
+    pairs: Any,
+    first: int,
+    how: dict[str, int],
+    relu: int,
+    rest: tuple[Any, ...],
+    num_rows: int,
+) -> None:
+    """Launch a kernel over the rows of the tables; ``pairs`` is the interaction's output or its gradient."""
     num_vectors, dim = first + len(row_start), weight.shape[1]
-    if out.dtype.itemsize != 2 or dim % 8 or num_vectors > MOST_VECTORS:
+    if pairs.dtype.itemsize != 2 or dim % 8 or num_vectors > MOST_VECTORS:
         raise DeviceError(
-            f"interaction: {num_vectors} vectors of {dim} columns into {out.dtype.name} cannot be fused with the "
+            f"interaction: {num_vectors} vectors of {dim} columns into {pairs.dtype.name} cannot be fused with the "
             f"look-up; that takes half precision, a multiple of 8 columns and at most {MOST_VECTORS} vectors"
         )
     defines = (
-        ("DIM", dim), ("VECTORS", num_vectors), ("FIRST", first), ("NUMBER", c_type(out)), ("ALIGNED", aligned(out)),
-        ("WEIGHT", c_type(weight)), ("KEY", c_type(keys)),
+        ("DIM", dim), ("VECTORS", num_vectors), ("FIRST", first), ("NUMBER", c_type(pairs)), ("ALIGNED", aligned(pairs)),
+        ("RELU", relu), ("WEIGHT", c_type(weight)), ("KEY", c_type(keys)), *how.items(),
     )  # fmt: skip
-    kernel = load(TENSOR_CORES, "gather_interaction", defines)
+    kernel = load(TENSOR_CORES, name, defines)
     width = first * dim + num_vectors * (num_vectors - 1) // 2
-    blocks = min(-(-num_rows // WARPS), kernel.multiprocessors * FUSED_BLOCKS)
-    shape = (np.int64(num_rows), np.int64(row_stride(out)))
+    blocks = min(-(-num_rows // WARPS), kernel.multiprocessors * how["BLOCKS"])
     stride = np.int64(row_stride(bottom) if first else 0)
     shared = WARPS * -(-width // 8) * 16
-    kernel(blocks, WARPS * 32, bottom, stride, weight, row_start, keys, *shape, out, shared_bytes=shared)
+    kernel(blocks, WARPS * 32, bottom, stride, weight, row_start, keys, *rest, shared_bytes=shared)
 
 
 def on_tensor_cores(vectors: Any) -> bool:

@@ -239,15 +239,21 @@ class DenseModel:
             workspace: as ``top_forward`` left it.
             rows: B; may be 0: the gradients become zero.
         """
+        grad_crossed = self.top_mlp_data_backward(workspace, rows)
+        vectors, grad_vectors = workspace.vectors[:rows], _given(workspace.grad_vectors)[:rows]
+        interaction_backward(vectors, grad_crossed, grad_vectors, first=self.first, device=self.device)
+
+    def top_mlp_data_backward(self, workspace: DenseWorkspace, rows: int) -> Array:
+        """The top MLP's part of ``top_data_backward``: back to the interaction's output, whose gradient it returns."""
         device, last = self.device, self._logit
         crossed, hidden = workspace.interaction[:rows], _first_rows(workspace.top, rows)
         grad_crossed, grads = _given(workspace.grad_interaction)[:rows], _first_rows(workspace.grad_top, rows)
         below, grad = (hidden[-1], grads[-1]) if hidden else (crossed, grad_crossed)
-        grad_logits, grad_vectors = _given(workspace.grad_logits)[:rows], _given(workspace.grad_vectors)[:rows]
+        grad_logits = _given(workspace.grad_logits)[:rows]
         logit_backward(grad_logits, below, last.weight, last.grad_weight, last.grad_bias, grad, device)
         masks = _first_rows(workspace.top_masks, rows)
         mlp_data_backward(self._top, hidden, masks, grads, workspace.partials, device, grad_x=grad_crossed)
-        interaction_backward(workspace.vectors[:rows], grad_crossed, grad_vectors, first=self.first, device=device)
+        return grad_crossed
 
     def top_weight_backward(self, workspace: DenseWorkspace, rows: int) -> None:
         """Gradients of the top MLP's weights.

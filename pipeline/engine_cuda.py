@@ -71,22 +71,22 @@ def build_stages(
         loss_scale=scale,
         dynamic=dynamic,
         growth_interval=config.loss_scale_growth,
-        fused_eval=layout is not None and fuses(config, model, comm),
+        fused_eval=layout is not None and fuses("fused_eval", config.cuda.fused_eval, config, model, comm),
+        fused_train=layout is not None and fuses("fused_train", config.cuda.fused_train, config, model, comm),
     )
 
 
-def fuses(config: RunConfig, model: DenseModel, comm: Comm) -> bool:
-    """Whether evaluation runs look-up and interaction as one kernel.
+def fuses(field: str, wish: bool | str, config: RunConfig, model: DenseModel, comm: Comm) -> bool:
+    """Whether look-up and interaction run as one kernel, as ``field`` of the config's section ``cuda`` wishes.
 
     Raises:
         DeviceError: the config insists, and the shapes do not allow it.
     """
-    wish = config.cuda.fused_eval
     fits = comm.size == 1 and model.dtype.itemsize == 2 and model.num_vectors <= MOST_VECTORS
     fits = fits and config.model.embedding_dim % 8 == 0
     if wish is True and not fits:
         raise DeviceError(
-            f"cuda.fused_eval: {comm.size} ranks, {config.precision}, {model.num_vectors} vectors of "
+            f"cuda.{field}: {comm.size} ranks, {config.precision}, {model.num_vectors} vectors of "
             f"{config.model.embedding_dim} columns, but it takes one rank, fp16 or bf16, at most {MOST_VECTORS} "
             "vectors and a multiple of 8 columns; set it to auto"
         )

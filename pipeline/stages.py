@@ -174,7 +174,7 @@ class Stages:
         if self.model.first:
             self.model.bottom_forward(flight.dense[: flight.rows], flight.workspace)
 
-    @uses(reads="vectors.bottom vectors.tables weights.top", writes="activations.top logits")
+    @uses(reads="keys vectors.bottom vectors.tables weights.top weights.tables", writes="activations.top logits")
     def top_forward(self, flight: Flight) -> None:
         """Interaction and top MLP."""
         self.model.top_forward(flight.workspace, flight.rows)
@@ -189,7 +189,7 @@ class Stages:
         )
 
     @uses(
-        reads="grad_logits activations.top vectors.bottom vectors.tables weights.top",
+        reads="keys grad_logits activations.top vectors.bottom vectors.tables weights.top weights.tables",
         writes="scratch grads.top grad_vectors.bottom grad_vectors.tables gradients.top",
     )
     def top_backward(self, flight: Flight) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dlrm.config import LearningRateConfig, OptimizerConfig
 from dlrm.device import Array, Device, Reading
-from dlrm.interaction import gather_interaction
+from dlrm.interaction import gather_interaction, gather_interaction_backward
 from dlrm.loss_cuda import partials_of
 from dlrm.model import DenseModel
 from dlrm.optim import DenseOptimizer
@@ -90,6 +90,7 @@ class CudaStages(Stages):
         dynamic: whether it changes, and steps with gradients that are not finite are skipped.
         growth_interval: good steps after which it is doubled.
         fused_eval: whether forward passes run look-up and interaction as one kernel.
+        fused_train: whether training does.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class CudaStages(Stages):
         dynamic: bool,
         growth_interval: int,
         fused_eval: bool,
+        fused_train: bool,
     ) -> None:
         super().__init__(
             model=model, embedding=embedding, comm=comm, device=device, optimizer=optimizer, dense_lr=dense.lr,
@@ -116,7 +118,7 @@ class CudaStages(Stages):
         )  # fmt: skip
         self._tables_of_rank = embedding
         self._dense, self._tables, self._seed = dense, tables, seed
-        self._layout, self.fused = layout, fused_eval
+        self._layout, self.fused, self._fused_train = layout, fused_eval, fused_train
         self.dynamic, self._growth = dynamic, growth_interval
         xp = device.xp
         self.guard = xp.asarray(write_guard(np.empty(SIZE, np.float32), loss_scale))
@@ -130,7 +132,7 @@ class CudaStages(Stages):
             scalars=device.zeros(SIZE, np.float32),
             outcome=device.zeros(2, np.float64),
             partials=device.empty(partials_of(capacity), np.float64),
-            fused=self.fused and not training,
+            fused=self._fused_train if training else self.fused,
         )
         if self._layout is not None:
             batch = capacity * self.comm.size
@@ -225,13 +227,28 @@ class CudaStages(Stages):
         if not flight.staging.fused:
             self.model.top_forward(flight.workspace, flight.rows)
             return
-        work, rows, store = flight.workspace, flight.rows, self._tables_of_rank.store
-        keys = flight.embedding.keys[: len(store.row_start) * rows]
-        gather_interaction(
-            work.vectors[:, 0], store.weight, store.row_start, keys, rows, work.interaction[:rows],
-            first=self.model.first, device=self.device,
-        )  # fmt: skip
+        work, rows = flight.workspace, flight.rows
+        crossed = work.interaction[:rows]
+        gather_interaction(*self._rows_of(flight), crossed, first=self.model.first, device=self.device)
         self.model.top_mlp_forward(work, rows)
+
+    def top_backward(self, flight: Flight) -> None:
+        """Gradients of all vectors; the rows are read from the tables again where the interaction looked them up."""
+        if not flight.staging.fused:
+            self.model.top_data_backward(flight.workspace, flight.rows)
+            return
+        work, rows = flight.workspace, flight.rows
+        grad_crossed = self.model.top_mlp_data_backward(work, rows)
+        assert work.grad_vectors is not None
+        gather_interaction_backward(
+            *self._rows_of(flight), grad_crossed, work.grad_vectors[:rows], first=self.model.first, device=self.device
+        )
+
+    def _rows_of(self, flight: Flight) -> tuple[Array, Array, Array, Array, int]:
+        """Bottom output, tables and keys, as the kernels take them that look rows up themselves."""
+        store = self._tables_of_rank.store
+        keys = flight.embedding.keys[: len(store.row_start) * flight.rows]
+        return flight.workspace.vectors[:, 0], store.weight, store.row_start, keys, flight.rows
 
     def loss(self, flight: Flight) -> None:
         """Binary cross-entropy and its gradient, times the loss scale."""

@@ -235,7 +235,12 @@ def test_a_number_that_is_none_reaches_its_pairs_and_no_others(
 def test_look_up_and_interaction_in_one_equal_both(
     machine: Any, num_rows: int, dim: int, dtype: str, out_dtype: str, first: int, rng: np.random.Generator
 ) -> None:
-    from dlrm.interaction_cuda import gather_interaction, interaction_forward
+    from dlrm.interaction_cuda import (
+        gather_interaction,
+        gather_interaction_backward,
+        interaction_backward_relu,
+        interaction_forward,
+    )
     from embedding.lookup_cuda import gather_pool
 
     t = Tables(rng, dim, num_rows, dtype, "int32")
@@ -249,5 +254,12 @@ def test_look_up_and_interaction_in_one_equal_both(
     width = first * dim + (first + 5) * (first + 4) // 2
     apart, fused = (poisoned(machine, (num_rows, -(-width // 8) * 8), out_dtype) for _ in range(2))
     interaction_forward(vectors, apart[:, :width], first)
-    gather_interaction(bottom, weight, row_start, keys, num_rows, fused[:, :width], first)
+    tables = (bottom, weight, row_start, keys, num_rows)
+    gather_interaction(*tables, fused[:, :width], first)
+    np.testing.assert_array_equal(decode(fused), decode(apart))
+
+    grads = machine.array(encode(rng.standard_normal(apart.shape), out_dtype))[:, :width]
+    apart, fused = (poisoned(machine, vectors.shape, out_dtype) for _ in range(2))
+    interaction_backward_relu(vectors, grads, apart, first)
+    gather_interaction_backward(*tables, grads, fused, first)
     np.testing.assert_array_equal(decode(fused), decode(apart))

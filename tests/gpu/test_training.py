@@ -118,6 +118,21 @@ def test_a_run_resumes_on_either_device(on_gpu: Any, tmp_path: Path) -> None:
         np.testing.assert_allclose(losses(broken), losses(whole), rtol=1e-4)
 
 
+@pytest.mark.parametrize("table_precision", ["fp32", "fp16"])
+def test_rows_that_are_read_twice_train_like_rows_that_are_kept(
+    on_gpu: Any, table_precision: str, tmp_path: Path
+) -> None:
+    """Look-up inside the interaction: forward and backward are the same to the last bit, updates are in any order."""
+    for fused in (True, False):
+        changes = {
+            "precision": "fp16", "deterministic": True, "cuda": {"fused_train": fused},
+            "embedding": {"table_precision": table_precision},
+            "train": {"max_steps": 6 if on_gpu.emulated else STEPS, "progress_every": 1},
+        }  # fmt: skip
+        run(values(tmp_path / str(fused), "cuda", on_gpu, **changes))
+    np.testing.assert_allclose(losses(tmp_path / "True"), losses(tmp_path / "False"), rtol=1e-6)
+
+
 def test_half_precision_reaches_the_same_auc(on_gpu: Any, tmp_path: Path) -> None:
     if on_gpu.emulated:
         pytest.skip("products in half precision need a GPU")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dlrm.interaction_cuda import FUSED_BACKWARD, FUSED_FORWARD
 from dlrm.nvrtc import Defines
 from dlrm.philox_cuda import constants as philox_constants
 from embedding.lookup_cuda import POOL
@@ -51,12 +52,12 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
         (("DIM", 128), ("VECTORS", 27), ("FIRST", 1), ("NUMBER", "half_t"), ("ALIGNED", 1), ("RELU", 1)),
         (("DIM", 40), ("VECTORS", 60), ("FIRST", 0), ("NUMBER", "bfloat_t"), ("ALIGNED", 0), ("RELU", 0)),
         (
-            ("DIM", 128), ("VECTORS", 27), ("FIRST", 1), ("NUMBER", "half_t"), ("ALIGNED", 1), ("WEIGHT", "float"),
-            ("KEY", "int"),
+            ("DIM", 128), ("VECTORS", 27), ("FIRST", 1), ("NUMBER", "half_t"), ("ALIGNED", 1), ("RELU", 1),
+            ("WEIGHT", "float"), ("KEY", "int"), *FUSED_BACKWARD.items(),
         ),
         (
-            ("DIM", 256), ("VECTORS", 9), ("FIRST", 0), ("NUMBER", "bfloat_t"), ("ALIGNED", 0), ("WEIGHT", "bfloat_t"),
-            ("KEY", "int64"),
+            ("DIM", 256), ("VECTORS", 9), ("FIRST", 0), ("NUMBER", "bfloat_t"), ("ALIGNED", 0), ("RELU", 1),
+            ("WEIGHT", "bfloat_t"), ("KEY", "int64"), *FUSED_FORWARD.items(),
         ),
     ),
     "dlrm/gemm.cu": (
