@@ -82,6 +82,7 @@ class CudaDevice:
     xp: ModuleType = cupy
     column_multiple = 8
     """Columns of matrices are padded to a multiple of this, so that every row starts at 16 bytes in half precision."""
+    fuses_relu = True
     steps_behind = 2
 
     def __init__(self, index: int = 0, *, threads: int = 1, graphs: bool = True) -> None:

@@ -59,6 +59,8 @@ class Device(Protocol):
     threads: int
     column_multiple: int
     """Matrices' columns are rounded up to a multiple of this."""
+    fuses_relu: bool
+    """Whether what makes a gradient also clears it where a ReLU was off, instead of a pass of its own."""
     steps_behind: int
     """How many steps the host may issue before it has to see a result; 0: results are there when a call returns."""
 
@@ -202,6 +204,7 @@ class HostDevice:
     xp: ModuleType = np
     name = "CPU"
     column_multiple = 1
+    fuses_relu = False
     steps_behind = 0
 
     def __init__(self, threads: int | None = None, *, compiled: bool = True) -> None:

@@ -5,9 +5,6 @@
 #ifndef NUMBER
 #define NUMBER half_t
 #endif
-#ifndef GRADIENT
-#define GRADIENT float
-#endif
 #ifndef MASKED
 #define MASKED 1
 #endif
@@ -90,66 +87,5 @@ KERNEL void sum_partials(const float* partials, int chunks, int columns, float* 
     double total = 0.0;
     for (int i = 0; i < 8; ++i) total += sums[i][lane];
     grad_bias[column] = float(total);
-  }
-}
-
-// out[row] = x[row] . weight + bias; one warp a row.
-KERNEL void logit_forward(const NUMBER* x, int64 ld, const NUMBER* weight, const NUMBER* bias, int64 rows, int inputs, float* out) {
-  const int64 row = (int64(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
-  const int lane = threadIdx.x % 32;
-  if (row >= rows) return;
-  float sum = 0.0f;
-  for (int i = lane; i < inputs; i += 32) sum += to_float(x[row * ld + i]) * to_float(weight[i]);
-  for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, offset);
-  if (lane == 0) store(out + row, sum + to_float(bias[0]));
-}
-
-// out[i, j] = a[i] b[j].
-KERNEL void outer(const NUMBER* a, const NUMBER* b, int64 rows, int inputs, NUMBER* out, int64 ld) {
-  const int64 step = int64(gridDim.x) * blockDim.x, begin = int64(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (inputs % 4 == 0 && ld % 4 == 0 && (reinterpret_cast<uint64>(b) & 15) == 0) {
-    const int pieces = inputs / 4;
-    for (int64 at = begin; at < rows * pieces; at += step) {
-      const int64 row = at / pieces;
-      const int column = int(at - row * pieces) * 4;
-      write_4(out + row * ld + column, scaled(to_float(a[row]), read_4(b + column)));
-    }
-    return;
-  }
-  for (int64 at = begin; at < rows * inputs; at += step) {
-    const int64 row = at / inputs;
-    const int column = int(at - row * inputs);
-    store(out + row * ld + column, to_float(a[row]) * to_float(b[column]));
-  }
-}
-
-// partials[block, :inputs] = sum over the block's rows of grad x, partials[block, inputs] = sum of grad.
-KERNEL void logit_weight_chunks(const NUMBER* grad, const NUMBER* x, int64 ld, int64 rows, int inputs, double* partials) {
-  const int64 first = rows * blockIdx.x / gridDim.x, last = rows * (int64(blockIdx.x) + 1) / gridDim.x;
-  double* mine = partials + int64(blockIdx.x) * (inputs + 1);
-  for (int column = threadIdx.x; column <= inputs; column += blockDim.x) {
-    double total = 0.0;
-    for (int64 begin = first; begin < last; begin += 32) {
-      const int64 end = begin + 32 < last ? begin + 32 : last;
-      float sum = 0.0f;
-      for (int64 row = begin; row < end; ++row) {
-        const float factor = column < inputs ? to_float(x[row * ld + column]) : 1.0f;
-        sum += to_float(grad[row]) * factor;
-      }
-      total += double(sum);
-    }
-    mine[column] = total;
-  }
-}
-
-KERNEL void logit_weight_sum(const double* partials, int chunks, int inputs, GRADIENT* grad_weight, GRADIENT* grad_bias) {
-  const int column = blockIdx.x * blockDim.x + threadIdx.x;
-  if (column > inputs) return;
-  double sum = 0.0;
-  for (int chunk = 0; chunk < chunks; ++chunk) sum += partials[int64(chunk) * (inputs + 1) + column];
-  if (column < inputs) {
-    grad_weight[column] = GRADIENT(sum);
-  } else {
-    grad_bias[0] = GRADIENT(sum);
   }
 }

@@ -41,7 +41,7 @@ def relu_backward(grad: Array, activation: Array, grad_bias: Array, partials: Ar
     Args:
         grad: [B, >= O]: gradient of the ReLU's output, changed in place to that of its input.
         activation: [B, >= O]: the ReLU's output.
-        grad_bias: [O], written: sum over the rows. A GPU leaves that to ``linear_weight_backward``.
+        grad_bias: [O], written: sum over the rows.
         partials: scratch, at least [num_chunks(B) * O].
         device: runs it.
     """
@@ -109,45 +109,6 @@ def linear_weight_backward(grad: Array, x: Array, grad_weight: Array, grad_bias:
     device.xp.matmul(grad[:, :outputs].T, x[:, :inputs], out=grad_weight)
 
 
-def logit_forward(x: Array, weight: Array, bias: Array, out: Array, device: Device) -> None:
-    """``out = x w + bias``: the layer with one output.
-
-    Args:
-        x: [B, I].
-        weight: [1, I].
-        bias: [1].
-        out: [B], written.
-        device: runs it.
-    """
-    if kernel := device.kernel(__name__, "logit_forward"):
-        kernel(x, weight, bias, out)
-        return
-    device.xp.matmul(x, weight[0], out=out)
-    out += bias
-
-
-def logit_backward(
-    grad: Array, x: Array, weight: Array, grad_weight: Array, grad_bias: Array, grad_x: Array, device: Device
-) -> None:
-    """Gradients of ``logit_forward``.
-
-    Args:
-        grad: [B].
-        x: [B, I].
-        weight: [1, I].
-        grad_weight: [1, I], written.
-        grad_bias: [1], written.
-        grad_x: [B, I], written.
-        device: runs it.
-    """
-    if kernel := device.kernel(__name__, "logit_backward"):
-        kernel(grad, x, weight, grad_weight, grad_bias, grad_x)
-        return
-    device.xp.matmul(grad, x, out=grad_weight[0])
-    grad_bias[0] = grad.sum()
-    (device.kernel(__name__, "outer") or outer)(grad, weight[0], grad_x)
-
-
 def bias_relu(wide: Array, bias: Array) -> None:
     """``wide[:, :O] = max(wide[:, :O] + bias, 0)``, a NaN stays NaN; wide [B, >= O], bias [O]."""
     out = wide[:, : len(bias)]
@@ -164,8 +125,3 @@ def mask_and_sum(grad: Array, activation: Array, grad_bias: Array, partials: Arr
     for chunk, begin in enumerate(range(0, rows, ROWS_PER_CHUNK)):
         live[begin : begin + ROWS_PER_CHUNK].sum(0, out=sums[chunk])
     sums.sum(0, out=grad_bias)
-
-
-def outer(a: Array, b: Array, out: Array) -> None:
-    """``out[i, j] = a[i] b[j]``; a [B], b [I], out [B, I]."""
-    out[...] = a[:, None] * b

@@ -199,12 +199,6 @@ def _weight_form(grad: Array, x: Array, grad_weight: Array, grad_bias: Array, *,
     return apart
 
 
-def mask_and_sum(grad: Array, activation: Array, grad_bias: Array, partials: Array | None) -> None:  # noqa: ARG001
-    """See ``gemm.mask_and_sum``; the bias gradient is left to ``linear_weight_backward``."""
-    _choices.setdefault(grad_bias.data.ptr, _Choice(settled=True))
-    relu_mask(grad, activation, len(grad_bias))
-
-
 def relu_mask(grad: Array, activation: Array, columns: int) -> None:
     """``grad[:, :columns][activation <= 0] = 0``."""
     rows = len(grad)
@@ -245,45 +239,6 @@ def _sum_columns(grad: Array, activation: Array | None, grad_bias: Array, partia
     load(_SOURCE, "sum_partials", types)(
         _blocks(columns, 32), 32 * 8, partials, np.int32(chunks), np.int32(columns), grad_bias
     )
-
-
-def logit_forward(x: Array, weight: Array, bias: Array, out: Array) -> None:
-    """See ``gemm.logit_forward``."""
-    kernel = load(_SOURCE, "logit_forward", (("NUMBER", c_type(x)),))
-    kernel(
-        _blocks(len(x), _THREADS // 32), _THREADS, x, np.int64(_ld(x)), weight, bias, np.int64(len(x)),
-        np.int32(weight.shape[1]), out,
-    )  # fmt: skip
-
-
-def logit_backward(grad: Array, x: Array, weight: Array, grad_weight: Array, grad_bias: Array, grad_x: Array) -> None:
-    """See ``gemm.logit_backward``."""
-    rows, inputs = len(grad), weight.shape[1]
-    types = (("NUMBER", c_type(x)),)
-    load(_SOURCE, "outer", types)(
-        min(_blocks(rows * inputs, 4 * _THREADS), 132 * 16), _THREADS, grad, weight, np.int64(rows), np.int32(inputs),
-        grad_x, np.int64(_ld(grad_x)),
-    )  # fmt: skip
-    grad_weight.fill(0) if not rows else None
-    chunks = min(_LOGIT_CHUNKS, max(1, rows))
-    partials = _logit_partials(inputs, grad.data.device.id)
-    load(_SOURCE, "logit_weight_chunks", types)(
-        chunks, _THREADS, grad, x, np.int64(_ld(x)), np.int64(rows), np.int32(inputs), partials
-    )
-    load(_SOURCE, "logit_weight_sum", (("GRADIENT", c_type(grad_weight)),))(
-        _blocks(inputs + 1, _THREADS), _THREADS, partials, np.int32(chunks), np.int32(inputs), grad_weight, grad_bias
-    )
-
-
-_LOGIT_CHUNKS = 264
-_partials: dict[tuple[int, int], Array] = {}
-
-
-def _logit_partials(inputs: int, device: int) -> Array:
-    key = (inputs, device)
-    if key not in _partials:
-        _partials[key] = cupy.empty((_LOGIT_CHUNKS, inputs + 1), np.float64)
-    return _partials[key]
 
 
 def _forward(x: Array, weight: Array, out: Array, epilogue: str, aux_ld: int) -> Product:

@@ -12,7 +12,7 @@ from numba import njit, prange
 
 from dlrm.gemm import ROWS_PER_CHUNK
 
-_SERIAL_ELEMENTS = 32_768
+SERIAL_ELEMENTS = 32_768
 
 
 @njit(nogil=True, cache=True)
@@ -31,7 +31,7 @@ def bias_relu(wide: Any, bias: Any) -> None:
     """``wide[:, :O] = max(wide[:, :O] + bias, 0)``; wide [B, >= O], bias [O]."""
     rows = wide.shape[0]
     chunks = (rows + ROWS_PER_CHUNK - 1) // ROWS_PER_CHUNK
-    if rows * bias.size <= _SERIAL_ELEMENTS:
+    if rows * bias.size <= SERIAL_ELEMENTS:
         _bias_relu_rows(wide, bias, 0, rows)
     else:
         for chunk in prange(chunks):
@@ -58,7 +58,7 @@ def mask_and_sum(grad: Any, activation: Any, grad_bias: Any, partials: Any) -> N
     rows = grad.shape[0]
     width = grad_bias.size
     chunks = (rows + ROWS_PER_CHUNK - 1) // ROWS_PER_CHUNK
-    if rows * width <= _SERIAL_ELEMENTS:
+    if rows * width <= SERIAL_ELEMENTS:
         for chunk in range(chunks):
             begin = chunk * ROWS_PER_CHUNK
             sums = partials[chunk * width : (chunk + 1) * width]
@@ -72,22 +72,3 @@ def mask_and_sum(grad: Any, activation: Any, grad_bias: Any, partials: Any) -> N
     for chunk in range(chunks):
         for o in range(width):
             grad_bias[o] += partials[chunk * width + o]
-
-
-@njit(nogil=True, cache=True)
-def _outer_rows(a: Any, b: Any, out: Any, begin: int, end: int) -> None:
-    for i in range(begin, end):
-        for j in range(b.size):
-            out[i, j] = a[i] * b[j]
-
-
-@njit(parallel=True, nogil=True, cache=True)
-def outer(a: Any, b: Any, out: Any) -> None:
-    """``out[i, j] = a[i] b[j]``; a [B], b [I], out [B, I]."""
-    rows = a.size
-    if out.size <= _SERIAL_ELEMENTS:
-        _outer_rows(a, b, out, 0, rows)
-    else:
-        for chunk in prange((rows + ROWS_PER_CHUNK - 1) // ROWS_PER_CHUNK):
-            begin = chunk * ROWS_PER_CHUNK
-            _outer_rows(a, b, out, begin, min(begin + ROWS_PER_CHUNK, rows))

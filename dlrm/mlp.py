@@ -61,6 +61,7 @@ def mlp_data_backward(
     device: Device,
     *,
     grad_x: Array | None = None,
+    masked: bool = False,
 ) -> None:
     """Turn the gradient of the last activation into those of all of them, each before its ReLU.
 
@@ -74,8 +75,10 @@ def mlp_data_backward(
         partials: scratch, at least [num_chunks(B) * widest].
         device: runs it.
         grad_x: [B, I_0], written: gradient of the chain's input; ``None``: not wanted.
+        masked: the gradient of the last activation is already 0 where its ReLU was off, and the device leaves the sum
+            over the rows to ``mlp_weight_backward``.
     """
-    if layers:
+    if layers and not masked:
         relu_backward(grads[-1], outs[-1], layers[-1].grad_bias, partials, device)
     for k in range(len(layers) - 1, 0, -1):
         below = layers[k - 1]

@@ -17,9 +17,15 @@ import numpy as np
 from dlrm.config import ModelConfig
 from dlrm.device import Array, Device
 from dlrm.errors import ConfigError
-from dlrm.gemm import logit_backward, logit_forward, num_chunks
+from dlrm.gemm import num_chunks
 from dlrm.initial import initialize_linear
-from dlrm.interaction import interaction_backward, interaction_forward, interaction_width
+from dlrm.interaction import (
+    interaction_backward,
+    interaction_backward_relu,
+    interaction_forward,
+    interaction_width,
+)
+from dlrm.logit import logit_backward, logit_forward
 from dlrm.mlp import Linear, mlp_data_backward, mlp_forward, mlp_weight_backward
 
 
@@ -43,7 +49,7 @@ class DenseWorkspace:
         grad_bottom: gradients of ``bottom``, before the ReLU.
         grad_interaction: of ``interaction``.
         grad_top: of ``top``, before the ReLU.
-        partials: scratch for sums over rows, at least [num_chunks(capacity) * widest].
+        partials: scratch for sums over rows, at least [num_chunks(capacity) * (widest + 1)].
     """
 
     capacity: int
@@ -185,13 +191,13 @@ class DenseModel:
             top_masks=tuple(device.relu_mask(capacity, width, training) for width in widths[1]),
         )
         if training:
-            widest = max(max(layer.weight.shape) for layer in (*self._bottom, *self._top, self._logit))
+            widest = 1 + max(max(layer.weight.shape) for layer in (*self._bottom, *self._top, self._logit))
             workspace.grad_vectors = device.empty(shape, dtype)
             workspace.grad_logits = device.empty(capacity, dtype)
             workspace.grad_bottom = tuple(map(wide, widths[0]))
             workspace.grad_interaction = wide(self.interaction_width)
             workspace.grad_top = tuple(map(wide, widths[1]))
-            workspace.partials = device.empty(num_chunks(capacity) * widest, self.flat_parameters.dtype)
+            workspace.partials = device.empty(max(1, num_chunks(capacity)) * widest, self.flat_parameters.dtype)
         return workspace
 
     def bottom_forward(self, dense: Array, workspace: DenseWorkspace) -> None:
@@ -241,7 +247,8 @@ class DenseModel:
         """
         grad_crossed = self.top_mlp_data_backward(workspace, rows)
         vectors, grad_vectors = workspace.vectors[:rows], _given(workspace.grad_vectors)[:rows]
-        interaction_backward(vectors, grad_crossed, grad_vectors, first=self.first, device=self.device)
+        backward = interaction_backward_relu if self.device.fuses_relu else interaction_backward
+        backward(vectors, grad_crossed, grad_vectors, first=self.first, device=self.device)
 
     def top_mlp_data_backward(self, workspace: DenseWorkspace, rows: int) -> Array:
         """The top MLP's part of ``top_data_backward``: back to the interaction's output, whose gradient it returns."""
@@ -250,9 +257,14 @@ class DenseModel:
         grad_crossed, grads = _given(workspace.grad_interaction)[:rows], _first_rows(workspace.grad_top, rows)
         below, grad = (hidden[-1], grads[-1]) if hidden else (crossed, grad_crossed)
         grad_logits = _given(workspace.grad_logits)[:rows]
-        logit_backward(grad_logits, below, last.weight, last.grad_weight, last.grad_bias, grad, device)
+        masked = bool(hidden) and device.fuses_relu
+        logit_backward(
+            grad_logits, below, last.weight, last.grad_weight, last.grad_bias, grad, workspace.partials, device,
+            relu=masked,
+        )  # fmt: skip
         masks = _first_rows(workspace.top_masks, rows)
-        mlp_data_backward(self._top, hidden, masks, grads, workspace.partials, device, grad_x=grad_crossed)
+        partials = workspace.partials
+        mlp_data_backward(self._top, hidden, masks, grads, partials, device, grad_x=grad_crossed, masked=masked)
         return grad_crossed
 
     def top_weight_backward(self, workspace: DenseWorkspace, rows: int) -> None:
@@ -279,7 +291,8 @@ class DenseModel:
             return
         outs, masks = self._bottom_activations(workspace, rows), _first_rows(workspace.bottom_masks, rows)
         grads = [*_first_rows(workspace.grad_bottom, rows), _flat_rows(_given(workspace.grad_vectors)[:rows])]
-        mlp_data_backward(self._bottom, outs, masks, grads, workspace.partials, self.device)
+        masked = self.device.fuses_relu
+        mlp_data_backward(self._bottom, outs, masks, grads, workspace.partials, self.device, masked=masked)
         mlp_weight_backward(dense[:rows], self._bottom, outs, grads, self.device)
 
     @staticmethod

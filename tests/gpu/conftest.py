@@ -15,6 +15,7 @@ import pytest
 
 CUDA_MODULES = (
     "dlrm.interaction_cuda",
+    "dlrm.logit_cuda",
     "dlrm.loss_cuda",
     "dlrm.optim_cuda",
     "dlrm.philox_cuda",

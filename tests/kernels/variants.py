@@ -63,7 +63,12 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
     "dlrm/gemm.cu": (
         (("NUMBER", "half_t"), ("MASKED", 1)),
         (("NUMBER", "float"), ("MASKED", 0)),
-        (("NUMBER", "bfloat_t"), ("GRADIENT", "float")),
+        (("NUMBER", "bfloat_t"),),
+    ),
+    "dlrm/logit.cu": (
+        (("NUMBER", "half_t"), ("EACH", 8), ("RELU", 1)),
+        (("NUMBER", "bfloat_t"), ("EACH", 1), ("RELU", 0)),
+        (("NUMBER", "float"), ("EACH", 4), ("RELU", 1)),
     ),
     "dlrm/interaction_plain.cu": (
         (("DIM", 128), ("VECTORS", 27), ("FIRST", 1), ("NUMBER", "float"), ("RELU", 1)),
