@@ -113,8 +113,8 @@ def _fused(
             f"look-up; that takes half precision, a multiple of 8 columns and at most {MOST_VECTORS} vectors"
         )
     defines = (
-        ("DIM", dim), ("VECTORS", num_vectors), ("FIRST", first), ("NUMBER", c_type(pairs)), ("ALIGNED", aligned(pairs)),
-        ("RELU", relu), ("WEIGHT", c_type(weight)), ("KEY", c_type(keys)), *how.items(),
+        ("DIM", dim), ("VECTORS", num_vectors), ("FIRST", first), ("NUMBER", c_type(pairs)),
+        ("ALIGNED", aligned(pairs)), ("RELU", relu), ("WEIGHT", c_type(weight)), ("KEY", c_type(keys)), *how.items(),
     )  # fmt: skip
     kernel = load(TENSOR_CORES, name, defines)
     width = first * dim + num_vectors * (num_vectors - 1) // 2

@@ -33,7 +33,9 @@ def decode(array: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", EPS)
-@pytest.mark.parametrize(("rows", "inputs", "extra"), [(0, 16, 0), (1, 8, 8), (333, 256, 0), (130, 41, 3), (70, 2104, 8)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "extra"), [(0, 16, 0), (1, 8, 8), (333, 256, 0), (130, 41, 3), (70, 2104, 8)]
+)
 @pytest.mark.parametrize("relu", [False, True])
 def test_logit_layer(
     machine: Any, rows: int, inputs: int, extra: int, relu: bool, dtype: str, rng: np.random.Generator
