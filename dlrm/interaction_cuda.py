@@ -87,9 +87,7 @@ def gather_interaction_backward(
     """
     tables = (weight, row_start, keys)
     rest = (grad_out, np.int64(num_rows), np.int64(row_stride(grad_out)), grad_vectors)
-    _fused(
-        "gather_interaction_backward", bottom, *tables, grad_out, first, FUSED_BACKWARD, 1, rest, num_rows
-    )
+    _fused("gather_interaction_backward", bottom, *tables, grad_out, first, FUSED_BACKWARD, 1, rest, num_rows)
 
 
 def _fused(
