@@ -283,7 +283,7 @@ def plan_forms(count: int) -> dict[str, dict[str, Any]]:
             "hybrid auto, flat": {"placement": "auto"},
         }
     for nodes in sorted({2, count // 2}):
-        if count % nodes == 0 and count // nodes > 1 and nodes > 1:
+        if nodes > 1 and count % nodes == 0 and count // nodes > 1:
             forms[f"hybrid auto, hierarchical, {nodes} x {count // nodes}"] = {
                 "placement": "auto", "all_to_all": "hierarchical", "nodes": nodes,
             }  # fmt: skip

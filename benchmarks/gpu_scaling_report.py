@@ -119,7 +119,7 @@ def mlperf_table(figures: Sequence[Figure], *, peers: bool) -> Table:
     for f in of_section(figures, "mlperf"):
         rows.append([f"{f['gpus']} here, {f['form']}", *_rates(f["samples_per_s"], f["gpus"]), *_stage_cells(f)])
         evaluations = [e for e in of_section(figures, "eval") if e["gpus"] == f["gpus"]]
-        if evaluations:
+        if evaluations and peers:  # of MLPerf's rows
             best = max(evaluations, key=lambda e: e["samples_per_s"])
             seconds = MLPERF_EVALUATIONS * best["details"]["evaluation_seconds"]
             rate = MLPERF_TRAINING_ROWS / (MLPERF_TRAINING_ROWS / f["samples_per_s"] + seconds)
@@ -127,7 +127,8 @@ def mlperf_table(figures: Sequence[Figure], *, peers: bool) -> Table:
             rows.append([name, *_rates(rate, f["gpus"]), *[""] * len(GROUPS)])
     if rows and peers:
         rows += [[name, *_rates(rate, count), *[""] * len(GROUPS)] for name, count, rate in NVIDIA_TRAINING]
-    return "MLPerf v2.0's configuration; NVIDIA's are published", ["", "M samples/s", "a GPU", *GROUPS], rows
+    note = "; NVIDIA's are published" if peers else ""
+    return f"MLPerf v2.0's configuration{note}", ["", "M samples/s", "a GPU", *GROUPS], rows
 
 
 def _rates(rate: float, count: int) -> list[str]:
@@ -178,12 +179,12 @@ def auc_table(figures: Sequence[Figure]) -> Table:
     """Time to a target."""
     rows = [
         [
-            str(f["gpus"]), f["form"], _number(f["details"]["seconds"], 1), _number(f["details"]["samples"] / 1e6, 1),
+            str(f["gpus"]), f["form"], _number(f["details"]["seconds"], 1), f"{f['details']['samples']:,}",
             _number(f["details"]["start_up_s"], 1), _percent(f["details"]["evaluation_share"]),
         ]
         for f in sorted(of_section(figures, "auc"), key=lambda f: f["gpus"])
     ]  # fmt: skip
-    return "Time to AUC, from process start", ["GPUs", "", "seconds", "M samples", "start-up, s", "evaluations"], rows
+    return "Time to AUC, from process start", ["GPUs", "", "seconds", "samples", "start-up, s", "evaluations"], rows
 
 
 def tables(about: Mapping[str, Any], figures: Sequence[Figure]) -> Iterator[Table]:
@@ -196,9 +197,9 @@ def tables(about: Mapping[str, Any], figures: Sequence[Figure]) -> Iterator[Tabl
         evaluation_table(figures, peers=peers),
         auc_table(figures),
     )
-    for table in made:
-        if table[2]:
-            yield table
+    for title, heads, rows in made:
+        if rows:
+            yield title, heads if peers else [head.replace("GPU", "rank") for head in heads], rows
 
 
 def aims(figures: Sequence[Figure]) -> Iterator[str]:
@@ -221,7 +222,7 @@ def left_out(figures: Sequence[Figure]) -> Iterator[str]:
 
 
 def _unit(about: Mapping[str, Any]) -> str:
-    return "GPUs" if about["device"] == "cuda" else "CPU ranks (columns headed GPUs count ranks, which share the cores)"
+    return "GPUs" if about["device"] == "cuda" else "CPU ranks, which share the cores"
 
 
 def print_report(about: Mapping[str, Any], figures: Sequence[Figure]) -> None:

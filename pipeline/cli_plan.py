@@ -28,7 +28,10 @@ def plan(
     nodes: Annotated[int, typer.Option(min=1, help="Nodes that they share out among themselves.")] = 1,
     links: Annotated[
         str | None,
-        typer.Option(metavar="FILE|NAME", help="Link rates: a JSON file such as a run directory's, or a100 or h100."),
+        typer.Option(
+            metavar="FILE|NAME",
+            help="Link rates: a JSON file such as a run directory's, or a100 or h100 (of device: cuda).",
+        ),
     ] = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="Predict the step time on 8 to 1,024 ranks.")] = False,
     batch: Annotated[
@@ -84,7 +87,7 @@ def plan(
         )  # fmt: skip
         print_rows(f"Predicted step, batch {run.data.batch_size:,}, links {rates.source}", result, as_json=as_json)
         return
-    rates = read_links(links)
+    rates = read_links(links or ("h100" if run.device == "cuda" else None))
     made = plan_tables(run, tables, ranks=ranks, nodes=nodes, calibration=calibration, links=rates)
     print_plan(made, rates, as_json=as_json)
 

@@ -156,7 +156,9 @@ class RunProgress:
         self._name = str(record.get("run", "train"))
         self._steps = int(record.get("steps") or 0)
         ranks, threads = record.get("ranks"), record.get("threads")
-        self._say(f"{self._name}: {self._steps:,} steps, ranks {ranks}, threads each {threads}")
+        device = record.get("device", "CPU")
+        where = f"threads each {threads}" if device == "CPU" else f"{record.get('precision')} on {device}"
+        self._say(f"{self._name}: {self._steps:,} steps, ranks {ranks}, {where}")
         if self._task is not None:
             self._bar.remove_task(self._task)
         self._task = self._bar.add_task(

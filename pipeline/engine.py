@@ -218,7 +218,7 @@ def _supposed_nodes(config: RunConfig, comm: Comm, topology: Topology) -> Topolo
     if nodes is None:
         return topology
     if nodes > comm.size:
-        raise ConfigError(f"embedding.nodes: {nodes}, but there are {comm.size} ranks; lower it, or start more ranks")
+        raise ConfigError(f"embedding.nodes: {nodes}, but the run has {comm.size} rank(s); lower it, or start more")
     return discover(comm, nodes)
 
 

@@ -10,7 +10,8 @@ Every line of ``progress.jsonl`` is one object with ``type`` and ``time`` (secon
            ``overlap`` (for ``train`` and ``eval``: ``overlapped``, ``depth``, ``reason``)
 ``step``   ``step``, ``epoch``, ``samples``, ``samples_per_s`` (since the last record, without a
            process's first step, which may compile; ``null`` if that was the only one), ``loss``
-           (mean over the global batch of this step), ``lr``, ``stages_ms`` (mean per step by stage)
+           (mean over the global batch of this step), ``lr``, ``stages_ms`` (mean per step by stage;
+           on a GPU of traced steps only), with a dynamic loss scale ``skipped_steps`` (so far)
 ``eval``   ``step``, ``split``, ``seconds``, ``scoring_seconds`` (part of them), ``samples``,
            ``metrics`` (see ``pipeline.metrics.Metrics``)
 ``save``   a checkpoint is complete: ``step``, ``path``, ``base`` (of an increment, its name),

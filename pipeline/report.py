@@ -26,7 +26,7 @@ from pipeline.page import count, duration, finite, render_page, replace_file, sh
 MAX_STEP_RECORDS = 2000
 
 _HISTORY_FIELDS = (
-    *("type", "step", "epoch", "samples", "samples_per_s", "loss", "lr"),
+    *("type", "step", "epoch", "samples", "samples_per_s", "loss", "lr", "skipped_steps"),
     *("split", "seconds", "metrics"),
 )
 
@@ -176,11 +176,13 @@ def run_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Wall time", duration(report["seconds"])),
         ("Training time", run.pop("train_seconds", None)),
         ("Evaluation time", run.pop("evaluation_seconds", None)),
+        ("Device", run.pop("device", None)),
         ("Ranks", run.pop("ranks", None)),
         ("Threads per rank", run.pop("threads", None)),
         ("Dense parameters", run.pop("dense_parameters", None)),
         ("Embedding parameters", run.pop("table_parameters", None)),
-        ("Precision", report["config"].get("precision")),
+        ("Precision", _precision(report["config"])),
+        ("Steps skipped", run.pop("skipped_steps", None)),
         ("Machine", run.pop("machine", None)),
         ("Versions", run.pop("versions", None)),
         ("Checkpoint", run.pop("checkpoint", None)),
@@ -193,6 +195,20 @@ def run_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         for label, value in shown
         if value is not None
     ]
+
+
+def _precision(config: Mapping[str, Any]) -> str | None:
+    """Of products, of tables where they differ, and the loss scale where there is one."""
+    precision = config.get("precision")
+    if precision is None:
+        return None
+    words = [str(precision)]
+    tables = (config.get("embedding") or {}).get("table_precision")
+    if tables not in (None, precision):
+        words.append(f"tables {tables}")
+    if precision == "fp16":
+        words.append(f"loss scale {config.get('loss_scale')}")
+    return ", ".join(words)
 
 
 _REASONS = {

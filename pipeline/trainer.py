@@ -369,6 +369,7 @@ class Trainer:
                         if self.course.timed_samples
                         else None,
                         "stages_ms": self.course.stages_ms,
+                        **self.engine.stages.counts(),
                     },
                 )
                 write_report(self.directory, report)

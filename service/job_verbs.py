@@ -237,13 +237,16 @@ def _client(url: str | None, token_file: Path | None) -> ServiceClient:
     return ServiceClient(url, read_token(token_file))
 
 
+_SHOWN = ("device", "precision", "samples", "samples_per_s", "skipped_steps", "lr", "metrics")
+
+
 def _print_job(client: ServiceClient, job: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(job)
         return
     fields = {**_row(job), "reason": job["reason"], "exit_code": job["exit_code"], "error": job["error"]}
     progress = job["progress"]
-    fields |= {name: progress.get(name) for name in ("samples", "samples_per_s", "lr", "metrics")}
+    fields |= {name: progress.get(name) for name in _SHOWN}
     fields |= {name: job[name] for name in ("created_at", "started_at", "finished_at", "dataset", "run_directory")}
     if job["state"] == "succeeded":
         fields["report"] = client.report_url(job["id"])

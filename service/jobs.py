@@ -224,8 +224,22 @@ def _check_fit(config: RunConfig, settings: Settings, *, ranks: int, threads_per
         )
     if gpus > len(settings.gpus):
         raise ConfigError(f"gpus: {gpus}, but the service has {len(settings.gpus)}; ask for fewer")
+    _check_device(config, ranks=ranks, gpus=gpus)
     if config.data.batch_size < ranks:
         raise ConfigError(
             f"data.batch_size: {config.data.batch_size} rows are fewer than the {ranks} ranks; "
             "raise it or ask for fewer ranks"
         )
+
+
+def _check_device(config: RunConfig, *, ranks: int, gpus: int) -> None:
+    """A job sees the GPUs that it asked for and no others: ``device: auto`` takes the CPU where it asked for none."""
+    half = sorted({config.precision, config.table_precision} & {"fp16", "bf16"})
+    if gpus and (config.device == "cpu" or config.precision == "fp64"):
+        why = "device is cpu" if config.device == "cpu" else "precision fp64 runs on CPUs alone"
+        raise ConfigError(f"gpus: {gpus}, but {why}; ask for 0, or change the config")
+    if not gpus and (config.device == "cuda" or half):
+        why = "device is cuda" if config.device == "cuda" else f"precision {half[0]} needs a GPU"
+        raise ConfigError(f"gpus: 0, but {why}; ask for one for each of the {ranks} rank(s), or change the config")
+    if gpus > ranks:
+        raise ConfigError(f"gpus: {gpus} for {ranks} rank(s), but a rank uses one; ask for as many ranks as GPUs")

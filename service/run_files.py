@@ -135,9 +135,11 @@ def _figures(record: dict[str, Any]) -> dict[str, Any]:
     """What one record changes in the summary."""
     match record.get("type"):
         case "start":
-            return _some(record, "step", "steps", "samples", rename={"samples": "samples_planned"})
+            return _some(
+                record, "step", "steps", "samples", "device", "precision", rename={"samples": "samples_planned"}
+            )
         case "step":
-            return _some(record, "step", "epoch", "samples", "samples_per_s", "loss", "lr")
+            return _some(record, "step", "epoch", "samples", "samples_per_s", "loss", "lr", "skipped_steps")
         case "eval":
             return _some(record, "metrics", "split", rename={"split": "metrics_split"}) | {
                 "metrics_step": record.get("step")

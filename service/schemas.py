@@ -51,7 +51,10 @@ class JobView(BaseModel):
     run_directory: str
     progress: Annotated[
         dict[str, Any],
-        Field(description="Latest step, steps, samples, samples_per_s, loss, lr and metrics; empty before the first."),
+        Field(
+            description="Latest step, steps, samples, samples_per_s, loss, lr and metrics, device, precision, and "
+            "skipped_steps with a dynamic loss scale; empty before the first record."
+        ),
     ]
     config: Annotated[dict[str, Any] | None, Field(description="Only where one job is asked for.")] = None
 

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import httpx
@@ -52,7 +53,20 @@ def copies():
 
 
 def test_instructions_are_dockers_own():
-    known = {"FROM", "WORKDIR", "COPY", "RUN", "USER", "VOLUME", "ENV", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT", "CMD"}
+    known = {
+        "FROM",
+        "WORKDIR",
+        "COPY",
+        "RUN",
+        "USER",
+        "VOLUME",
+        "ENV",
+        "EXPOSE",
+        "HEALTHCHECK",
+        "ENTRYPOINT",
+        "CMD",
+        "ARG",
+    }
     assert {word for word, _ in instructions()} <= known
     assert instructions()[0][0] == "FROM"
 
@@ -123,6 +137,34 @@ def test_compose_builds_this_image_and_publishes_on_loopback_only(compose):
     assert service["ports"] == [f"127.0.0.1:{settings.DEFAULT_PORT}:{settings.DEFAULT_PORT}"]
     assert "network_mode" not in service
     assert "privileged" not in service
+
+
+def test_the_gpu_file_adds_an_extra_that_there_is_and_gpus_to_the_same_service(compose):
+    added = yaml.safe_load((ROOT / "deploy" / "compose.gpu.yml").read_text())
+    assert set(added) <= {"services"} | set(compose)
+    assert set(added["services"]) == set(compose["services"])
+    (service,) = added["services"].values()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (name, value), *more = service["build"]["args"].items()
+    assert not more
+    assert re.search(r":-(\w+)}", value)[1] in extras
+    assert any(rest.split("=")[0] == name for rest in of("ARG"))
+    assert any(f"${{{name}:+[${name}]}}" in rest for rest in of("RUN"))
+    (devices,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert (devices["driver"], devices["capabilities"]) == ("nvidia", ["gpu"])
+    assert {name for name in service["environment"] if name.startswith("CROSSLANE_")} <= KNOWN_VARIABLES
+
+
+@pytest.mark.parametrize(("extra", "asked"), [("", "/w/one.whl"), ("cuda12", "/w/one.whl[cuda12]")])
+def test_the_extra_reaches_pip(tmp_path, extra, asked):
+    """What the RUN line hands to pip, by a shell as in the image."""
+    (line,) = [rest for rest in of("RUN") if rest.startswith("pip install")]
+    wheels = tmp_path / "w"
+    wheels.mkdir()
+    (wheels / "one.whl").touch()
+    script = line.split(" && ")[0].replace("pip install", "printf '%s\n'").replace("/wheels", str(wheels))
+    done = subprocess.run(["sh", "-c", script], env={"EXTRA": extra}, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == asked.replace("/w", str(wheels), 1)
 
 
 def test_compose_keeps_the_runs_in_a_declared_volume(compose):

@@ -90,6 +90,31 @@ def test_what_can_never_run_is_refused(bench, changes, words):
     assert all(word in detail for word in words)
 
 
+@pytest.mark.parametrize(
+    ("config", "changes", "words"),
+    [
+        ({"device": "cuda"}, {}, ["gpus: 0", "device is cuda"]),
+        ({"precision": "bf16"}, {}, ["gpus: 0", "bf16"]),
+        ({"embedding": {"table_precision": "fp16"}}, {}, ["gpus: 0", "fp16"]),
+        ({"device": "cpu"}, {"gpus": 1}, ["gpus: 1", "device is cpu"]),
+        ({"precision": "fp64"}, {"gpus": 1}, ["gpus: 1", "fp64"]),
+        ({"device": "cuda", "precision": "fp64"}, {"gpus": 1}, ["fp64", "CPU"]),
+        ({"device": "cuda"}, {"gpus": 2}, ["gpus: 2", "1 rank"]),
+    ],
+)
+def test_a_job_gets_the_gpus_that_its_config_uses(make_bench, config, changes, words):
+    bench = make_bench(gpus=("0", "1"))
+    own = {"data": {"path": str(bench.settings.data / "tiny")}, **config}
+    detail = refusal(bench, config=own, **changes)
+    assert all(word in detail for word in words)
+    accepted = {"auto": (0, 1, 2), "cuda": (1, 2), "cpu": (0,)}
+    for device, counts in accepted.items():
+        for gpus in counts:
+            body = bench.body(ranks=2, gpus=gpus)
+            body["config"]["device"] = device
+            assert bench.call("POST", "/v1/jobs", json=body).status_code == 201, (device, gpus)
+
+
 def test_a_refusal_does_not_repeat_a_long_value(bench):
     config = {"data": {"path": "tiny", "batch_size": "many " * 10_000}}
     assert len(refusal(bench, config=config)) < 400

@@ -53,8 +53,12 @@ def test_the_queue_is_first_in_first_out_and_cores_are_never_exceeded(bench, tmp
 
 def test_running_jobs_never_share_a_gpu(make_bench, tmp_path):
     go = tmp_path / "go"
-    bench = make_bench(gpus=("3", "5", "6"))
-    two, one, none = bench.submit(f"free:{go}", gpus=2), bench.submit(f"free:{go}", gpus=1), bench.submit(f"free:{go}")
+    bench = make_bench(gpus=("3", "5", "6"), cores=8)
+    two, one, none = (
+        bench.submit(f"free:{go}", gpus=2, ranks=2),
+        bench.submit(f"free:{go}", gpus=1),
+        bench.submit(f"free:{go}"),
+    )
     late = bench.submit("plain", gpus=1)
     bench.supervisor.tick()
     assert [bench.state(job) for job in (two, one, none, late)] == ["running", "running", "running", "queued"]
