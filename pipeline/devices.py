@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 import numpy as np
@@ -13,6 +14,9 @@ from embedding.topology import Topology
 
 DTYPES = {"fp32": np.float32, "fp64": np.float64, "fp16": np.float16, "bf16": np.uint16}
 """NumPy has no bfloat16: its bits travel as uint16."""
+
+_PACKAGES = {"cupy": "CuPy", "nvmath": "nvmath-python", "cuda.bindings": "cuda-bindings"}
+"""Module and package of what a GPU needs."""
 
 
 def make_device(config: RunConfig, topology: Topology, threads: int) -> Device:
@@ -30,25 +34,46 @@ def make_device(config: RunConfig, topology: Topology, threads: int) -> Device:
                 "embedding.table_precision to fp32"
             )
         return HostDevice(threads)
-    if not _has_cupy():
-        raise DeviceError(
-            "device: cuda, but CuPy is not installed; pip install 'crosslane[cuda13]' (or cuda12), or set device: cpu"
-        )
+    _check_packages(config.device)
     from dlrm.cuda import CudaDevice
 
     return CudaDevice(topology.local_rank, threads=threads, graphs=config.cuda.graphs)
 
 
 def _sees_gpu(config: RunConfig) -> bool:
-    if config.precision == "fp64" or not _has_cupy():
+    if config.precision == "fp64" or not _is_there("cupy"):
         return False
-    from dlrm.cuda import count_gpus
-
+    try:
+        from dlrm.cuda import count_gpus
+    except ImportError:  # CuPy without what it loads itself: of no use, and nobody insists on it
+        return False
     return count_gpus() > 0
 
 
-def _has_cupy() -> bool:
+def _check_packages(wish: str) -> None:
+    """See that what a GPU needs is installed.
+
+    Raises:
+        DeviceError: it is not, or cannot be loaded.
+    """
+    missing = [package for module, package in _PACKAGES.items() if not _is_there(module)]
+    if missing:
+        verb = "are" if len(missing) > 1 else "is"
+        raise DeviceError(
+            f"device: {wish}, but {' and '.join(missing)} {verb} not installed; pip install 'crosslane[cuda13]' "
+            "(or cuda12), or set device: cpu"
+        )
     try:
-        return importlib.util.find_spec("cupy") is not None
-    except ModuleNotFoundError:  # an import hook's way to say no
+        importlib.import_module("dlrm.cuda")
+    except ImportError as error:
+        raise DeviceError(
+            f"device: {wish}, but CuPy cannot be loaded ({' '.join(str(error).split())}); pip install "
+            "'crosslane[cuda13]' (or cuda12), or set device: cpu"
+        ) from None
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is missing; also an import hook's way to say no
         return False
