@@ -22,6 +22,8 @@ from pipeline.progress import read_records
 from service.launchers.mpi import engine_command, engine_environment
 from service.launchers.session import end_session
 
+_TRACEBACK_LINES = 40
+
 LEFT_OUT_WINDOWS = 2
 """Windows at the start of a run of ours that are not counted: capture, tuning, a cold clock."""
 
@@ -43,10 +45,19 @@ def running(command: Sequence[str], environment: Mapping[str, str], log: Path) -
 
 
 def last_line(log: Path) -> str:
-    """What a failed program said last, preferring its error line."""
+    """What a failed program said last, preferring its error line: mpirun has more to say behind it."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()]
+    own = [line for line in lines if line.startswith("error: ")]
+    errors = own or [line for line in lines if "error" in line.lower()]
     return (errors or lines or ["it said nothing"])[-1][:300]
+
+
+def show_fault(log: Path) -> None:
+    """Print the first traceback of a program that failed."""
+    lines = log.read_text(errors="replace").splitlines()
+    start = next((number for number, line in enumerate(lines) if line.startswith("Traceback")), None)
+    if start is not None:
+        print(*lines[start : start + _TRACEBACK_LINES], sep="\n", file=sys.stderr)
 
 
 def stages_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -120,7 +131,8 @@ class OwnRuns:
         file.write_text(json.dumps({**config, "run": {"directory": str(directory / "out")}}))
         progress, log = directory / "out" / "progress.jsonl", directory / "log"
         start = time.perf_counter()
-        with running(engine_command(file, ranks), engine_environment(os.environ), log) as process:
+        command = engine_command(file, ranks, debug=True)
+        with running(command, engine_environment(os.environ), log) as process:
             ended = False
             while True:
                 all_records = [record for record, _ in read_records(progress)]
@@ -128,8 +140,10 @@ class OwnRuns:
                 if len(found) >= count:
                     break
                 if errors := [record["message"] for record in all_records if record["type"] == "error"]:
+                    show_fault(log)
                     raise RuntimeError(errors[0])
                 if ended:
+                    show_fault(log)
                     raise RuntimeError(f"ended with {process.returncode}: {last_line(log)}")
                 if time.perf_counter() - start > self.options.timeout:
                     raise RuntimeError(f"{len(found)} of {count} records in {self.options.timeout} s; {last_line(log)}")

@@ -170,3 +170,13 @@ def test_stage_times_are_medians_of_the_windows_that_count(modules: Any, rng: np
     traced = [records[0], *({"type": "step", "stages_ms": {}} for _ in range(6))]
     assert modules.gpu_runs.stages_of(traced) == {"lookup": pytest.approx(times[0])}
     assert modules.gpu_runs.stages_of([{"type": "start"}]) == {}
+
+
+def test_a_failure_is_told_by_the_engines_own_line(modules: Any, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("starting\nerror: device: no GPU\nMPI_ABORT was invoked\n  Errorcode: 4\n")
+    assert modules.gpu_runs.last_line(log) == "error: device: no GPU"
+    log.write_text("one\nRuntimeError: CUDA out of memory\nbye\n")
+    assert modules.gpu_runs.last_line(log) == "RuntimeError: CUDA out of memory"
+    log.write_text("\n")
+    assert modules.gpu_runs.last_line(log) == "it said nothing"
