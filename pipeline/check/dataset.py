@@ -169,7 +169,9 @@ def _hard_findings(manifest: Manifest, scans: dict[str, SplitScan], checksums: b
     if manifest.layout == "jagged":
         findings.append(_finding("offsets", [scan.offsets for scan in found], "all bags follow one another"))
     unsummed = sum(scan.unsummed for scan in found)
-    sums = _finding("checksums", [scan.checksums for scan in found], f"{files} files have the SHA-256 of the manifest")
+    read = files - sum(scan.unread for scan in found)
+    text = f"{read} files have the SHA-256 of the manifest" + ("" if read == files else "; the others were not read")
+    sums = _finding("checksums", [scan.checksums for scan in found], text)
     if not checksums and sums.status == "ok":
         sums = Finding("checksums", "warning", "not compared, as was asked for")
     elif unsummed and sums.status == "ok":

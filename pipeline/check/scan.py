@@ -34,7 +34,8 @@ class SplitScan:
         head: labels and dense columns.
         totals: [T, 4] keys, missing, outside their table, unseen.
         groups: [T, GROUPS] look-ups by the groups in which splits are compared (not of the split that counters learn).
-        sizes: files that are missing or of another size; they are not read.
+        sizes: files that are missing or of another size, which are not read, or of another number of rows.
+        unread: files that were not read.
         checksums: files of another SHA-256.
         unsummed: files that the manifest has no SHA-256 for.
         keys: keys outside their table.
@@ -47,6 +48,7 @@ class SplitScan:
     totals: NDArray[np.int64]
     groups: NDArray[np.int64]
     sizes: Faults = field(default_factory=Faults)
+    unread: int = 0
     checksums: Faults = field(default_factory=Faults)
     unsummed: int = 0
     keys: Faults = field(default_factory=Faults)
@@ -94,6 +96,7 @@ class Scanner:
         for file in split.files:
             path = self._directory / file.path
             if not _right_size(path, file, manifest, found.sizes):
+                found.unread += 1
                 continue
             if manifest.layout == "parquet":
                 self._read_parquet(path, file, [head.take, *(part.take for part in parts)], found)

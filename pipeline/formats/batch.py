@@ -5,6 +5,7 @@ Shapes: B rows, N dense columns.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from embedding.jagged import Jagged
 
 _AROUND = 2 << 20
 """Whoever touches a page gets those around it mapped as well, at most a huge page of them."""
+
+_OTHER_FILES = 512
+"""That a process may have open besides a split's."""
 
 
 @dataclass(slots=True)
@@ -73,9 +77,10 @@ class MappedFile:
                 if num_bytes:  # an empty file cannot be mapped
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise DataError(
-                f"{path}: {error.strerror or error}; restore the file or prepare the data set again"
-            ) from None
+            remedy = "restore the file or prepare the data set again"
+            if error.errno == errno.EMFILE:
+                remedy = "raise the limit with `ulimit -n`"
+            raise DataError(f"{path}: {error.strerror or error}; {remedy}") from None
         self.data: NDArray[np.uint8] = np.frombuffer(self._map or b"", dtype=np.uint8)
 
     def view(self, dtype: Any) -> NDArray[Any]:
@@ -128,6 +133,22 @@ class MappedFile:
     def release(self, start: int, stop: int) -> None:
         """Let go of the pages before byte ``stop`` that were touched from byte ``start`` on."""
         release_pages(self._map, start, stop)
+
+
+def allow_files(count: int) -> None:
+    """Raise this process's soft limit of open files, often 1,024, where a split of ``count`` files may pass it.
+
+    A mapped file keeps one open, and reading it takes up to two more.
+    """
+    try:
+        import resource
+    except ImportError:  # not on Windows, which has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 4 * count + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard))
 
 
 def release_pages(mapped: mmap.mmap | None, start: int, stop: int) -> None:

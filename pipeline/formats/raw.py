@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dlrm.errors import DataError
 from embedding.jagged import Jagged
 from pipeline.formats import raw_numba
-from pipeline.formats.batch import HostBatch, MappedFile
+from pipeline.formats.batch import HostBatch, MappedFile, allow_files
 from pipeline.formats.block import reversed_hint
 from pipeline.manifest import LabelDtype, Manifest, SplitInfo, row_words
 
@@ -49,6 +49,7 @@ class RowFiles:
         self._manifest = manifest
         self._row_bytes = 4 * row_words(manifest)
         infos = [file for file in split.files if file.part == "rows"]
+        allow_files(len(infos))
         self._files = [MappedFile(directory / file.path, file.bytes, (self._row_bytes, "row")) for file in infos]
         self._starts: Rows = np.cumsum([0, *(file.rows for file in infos)], dtype=np.int64)
         self._own = threading.local()

@@ -238,6 +238,7 @@ def test_files_of_another_size_are_named_and_the_others_are_still_read(written: 
         status, faults, detail = found(values)["sizes"]
         assert (status, faults) == ("failed", 1)
         assert f"test.bin: {kind}, {len(cut)} bytes where the manifest needs {len(content)}" in detail
+        assert found(values)["checksums"][2] == "2 files have the SHA-256 of the manifest; the others were not read"
         assert values["splits"]["train"]["rows"] == ROWS["train"]
         assert values["splits"]["test"]["rows"] == 0
     (folder / "test.bin").unlink()

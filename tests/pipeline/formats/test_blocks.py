@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -130,3 +131,29 @@ def test_a_file_that_is_cut_short_or_goes_away_while_it_is_read_is_named(
     (folder / "train.bin").unlink()
     with pytest.raises(DataError, match=r"train\.bin: No such file"):
         split.read(slice(0, 300))
+
+
+def test_a_split_of_more_files_than_a_process_may_open_is_read(
+    prepared: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = prepared(shape=ONES, num_dense=3, rows=200)
+    manifest, content = read_manifest(folder), (folder / "train.bin").read_bytes()
+    for row in range(200):
+        (folder / f"{row}.bin").write_bytes(content[32 * row : 32 * (row + 1)])
+    files = tuple(FileInfo(path=f"{row}.bin", rows=1, bytes=32) for row in range(200))
+    write_manifest(folder, replace(manifest, splits={"train": SplitInfo(rows=200, files=files)}))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = {int(entry.name) for entry in Path("/proc/self/fd").iterdir()}
+    few = [number for number in range(len(taken) + 60) if number not in taken][50]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
+        monkeypatch.setattr(raw, "allow_files", lambda _: None)
+        with pytest.raises(DataError, match=r"\.bin: Too many open files; raise the limit with `ulimit -n`"):
+            load_dataset(folder).split("train")
+        monkeypatch.undo()
+        split = load_dataset(folder).split("train")
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > few
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    found = split.read(np.arange(200))
+    assert found.labels.tolist() == np.frombuffer(content, np.int32).reshape(200, 8)[:, 0].tolist()
