@@ -13,6 +13,15 @@ from collections.abc import Iterator  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+try:
+    from hypothesis import settings
+except ImportError:  # the Python that runs the tests on a GPU may lack it
+    pass
+else:
+    # By default an example that takes 200 ms fails, which a busy machine or a compilation makes of any.
+    settings.register_profile("crosslane", deadline=None)
+    settings.load_profile("crosslane")
+
 _SEED_KEY = pytest.StashKey[int]()
 
 
