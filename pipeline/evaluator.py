@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Evaluation:
     Attributes:
         seconds: of the pass and of the scoring.
         scoring_seconds: of sorting the scores and of the metrics, which may lie beside training steps.
+        waited_seconds: of these, or of a pass elsewhere, what this rank did nothing in but wait.
     """
 
     split: str
@@ -45,6 +46,7 @@ class Evaluation:
     seconds: float
     samples: int
     scoring_seconds: float
+    waited_seconds: float = 0.0
 
     def to_values(self) -> dict[str, Any]:
         """As JSON values, for a progress record."""
@@ -52,6 +54,7 @@ class Evaluation:
             "split": self.split,
             "seconds": self.seconds,
             "scoring_seconds": self.scoring_seconds,
+            "waited_seconds": self.waited_seconds,
             "samples": self.samples,
             "metrics": self.metrics.to_values(),
         }
@@ -89,6 +92,12 @@ class Evaluator:
     def _share(self, start: int) -> int:
         comm = self.engine.comm
         return share_of(min(self.batch_size, self.split.rows - start), comm.size, comm.rank)
+
+    def share_rows(self, other: Evaluator) -> None:
+        """Read the rows of a GPU where another evaluator of the split has brought them, or will."""
+        if other._origin is None:
+            other._origin = evaluation_origin(other.engine, other.split, other.batch_size)
+        self._origin = other._origin
 
     def run(self, *, clock: Clock | None = None) -> Evaluation:
         """Score the split and compute its metrics (collective)."""
@@ -234,7 +243,8 @@ class BackgroundEvaluations:
         if self._scoring is None:
             return None
         scoring, self._scoring = self._scoring, None
-        evaluation = scoring.result()
+        start = time.perf_counter()
+        evaluation = replace(scoring.result(), waited_seconds=time.perf_counter() - start)
         self._on_end(evaluation, self._step)
         return evaluation
 

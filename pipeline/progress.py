@@ -12,7 +12,8 @@ Every line of ``progress.jsonl`` is one object with ``type`` and ``time`` (secon
            process's first step, which may compile; ``null`` if that was the only one), ``loss``
            (mean over the global batch of this step), ``lr``, ``stages_ms`` (mean per step by stage;
            on a GPU of traced steps only), with a dynamic loss scale ``skipped_steps`` (so far)
-``eval``   ``step``, ``split``, ``seconds``, ``scoring_seconds`` (part of them), ``samples``,
+``eval``   ``step``, ``split``, ``seconds``, ``scoring_seconds`` (part of them), ``waited_seconds`` (of
+           these what training waited for), ``samples``,
            ``metrics`` (see ``pipeline.metrics.Metrics``)
 ``save``   a checkpoint is complete: ``step``, ``path``, ``base`` (of an increment, its name),
            ``stall_s`` (the training stood still), ``write_s`` (rank 0 took to write), ``bytes``
