@@ -67,8 +67,6 @@ def _operation(part: str, name: str, run: Callable[..., Any], arguments: tuple[A
         flop, shapes = 2.0 * rows * weight.size, f" {weight.shape[1]} x {weight.shape[0]}"
         masks = sum(item.nbytes for item in arrays.values() if item.dtype == np.uint8)
         size = rows * sum(weight.shape) * width + weight.size * weight.dtype.itemsize + masks
-    elif name == "mask_and_sum":
-        size = 3.0 * rows * len(third) * width
     elif name.startswith("interaction_"):
         flop = 2.0 * first.size * first.shape[1] * (2 if "backward" in name else 1)
     return Operation(f"{part}: {name}{shapes}", lambda: run(*arguments), size, flop)

@@ -247,12 +247,12 @@ def _schedules(config: RunConfig, topology: Topology, ranks: int, stages: Stages
     if not stages.device.steps_behind:
         no_gain = no_gain_on_host(ranks, topology.num_nodes)
         return choose(config.overlap, "train", no_gain), choose(config.overlap, "eval", no_gain)
-    from pipeline.engine_cuda import fused_schedule, guarded
+    from pipeline.engine_cuda import fused_schedule, guarded, spread
     from pipeline.stages_cuda import CudaStages
 
     assert isinstance(stages, CudaStages)
     train, evaluation = (choose(config.overlap, what, None) for what in ("train", "eval"))
-    return guarded(train, stages), fused_schedule(evaluation) if stages.fused else evaluation
+    return guarded(spread(train), stages), fused_schedule(evaluation) if stages.fused else evaluation
 
 
 def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Any:

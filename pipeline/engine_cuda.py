@@ -20,6 +20,9 @@ from pipeline.schedule import EVAL_SEQUENTIAL
 from pipeline.stages import S
 from pipeline.stages_cuda import CudaStages
 
+WEIGHTS_BESIDE = True
+"""See ``spread``."""
+
 
 def build_captured(config: RunConfig, plan: Plan, comm: Comm, device: Device, first: int) -> CapturedEmbedding:
     """The tables of this rank.
@@ -102,6 +105,24 @@ def guarded(schedule: Schedule, stages: CudaStages) -> Schedule:
     if update.stream != "main":
         update_after = replace(update, after=(*update.after, S.reduce_dense))
         rows = [update_after if row is update else row for row in rows]
+    return Schedule(tuple(rows), schedule.reason)
+
+
+def spread(schedule: Schedule) -> Schedule:
+    """Gradients of the top MLP's weights on a stream of their own, beside the bottom MLP's backward pass.
+
+    Products of small batches leave multiprocessors idle at their ends.
+    """
+    if not WEIGHTS_BESIDE or not schedule.overlapped:
+        return schedule
+    rows = []
+    for row in schedule.rows:
+        if row.stage == S.top_weight_backward:
+            rows.append(replace(row, stream="weights", after=(*row.after, S.top_backward)))
+        elif row.stage == S.reduce_dense:
+            rows.append(replace(row, after=(*row.after, S.bottom_backward)))
+        else:
+            rows.append(row)
     return Schedule(tuple(rows), schedule.reason)
 
 
