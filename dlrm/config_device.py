@@ -15,6 +15,9 @@ class CudaConfig:
 
     graphs: bool = True
     """Capture a step into a CUDA graph and replay it."""
+    carrier: Literal["auto", "nccl", "staged"] = "auto"
+    """What brings arrays from GPU to GPU: NCCL, or ``staged``, which goes through the memory of the hosts and MPI and
+    lets several ranks share a GPU, slowly and without graphs. ``auto``: NCCL where every rank has a GPU of its own."""
     fused_eval: bool | Literal["auto"] = "auto"
     """Evaluate on one GPU with look-up and interaction as one kernel, nothing overlapped; ``auto``: where the shapes
     allow it."""

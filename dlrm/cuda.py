@@ -117,6 +117,11 @@ class CudaDevice:
         """The GPU's product name."""
         return str(cupy.cuda.runtime.getDeviceProperties(self.index)["name"].decode())
 
+    @property
+    def bus_id(self) -> str:
+        """Where the GPU sits in its machine: the same for every process that uses it."""
+        return str(cupy.cuda.runtime.deviceGetPCIBusId(self.index))
+
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of the GPU's memory."""
         free, total = cupy.cuda.runtime.memGetInfo()

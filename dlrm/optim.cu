@@ -92,10 +92,7 @@ KERNEL void __launch_bounds__(256) check_finite(const GRAD* __restrict__ gradien
   if (!fine) reinterpret_cast<uint32*>(guard)[NOT_FINITE] = 1;
 }
 
-KERNEL void begin_step(float* guard) {
-  reinterpret_cast<uint32*>(guard)[NOT_FINITE] = 0;
-  reinterpret_cast<uint32*>(guard)[OVERFLOW] = 0;
-}
+KERNEL void begin_step(float* guard) { reinterpret_cast<uint32*>(guard)[NOT_FINITE] = 0; }
 
 KERNEL void end_step(float* guard, int growth_interval, int dynamic, float smallest, float largest) {
   int* counts = reinterpret_cast<int*>(guard);

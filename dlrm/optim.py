@@ -54,8 +54,8 @@ def constants(config: OptimizerConfig, step: int) -> tuple[float, ...]:
 
 
 def begin_step(guard: Array) -> None:
-    """A new step: forget what was not finite and what ran over; see ``dlrm.scalars``."""
-    guard.view(np.int32)[[NOT_FINITE, OVERFLOW]] = 0
+    """A new step: forget what was not finite; that an exchange ran over stays noted. See ``dlrm.scalars``."""
+    guard.view(np.int32)[NOT_FINITE] = 0
 
 
 def check_finite(gradients: Array, guard: Array) -> None:

@@ -12,6 +12,7 @@ H replicated rows, C_o most rows that rank o sends to one other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from dlrm.device import Array, Device
 from dlrm.errors import ConfigError
 from dlrm.scalars import OVERFLOW, SIZE, UNSCALE
 from embedding.batch import check_arrays, check_trains
-from embedding.captured_placement import SIGMAS, pair_capacities, place_tables
+from embedding.captured_placement import SIGMAS, longer, pair_capacities, place_tables
 from embedding.captured_update import CapturedUpdate
 from embedding.comm import Comm
 from embedding.exchange_buffers import ExchangeBuffers, wire_type
@@ -100,7 +101,7 @@ class ExchangedEmbedding:
         self._device, self._optimizer, self._deterministic = device, optimizer, deterministic
         self._precision, self._shares, self._sigmas = exchange_precision, shares, sigmas
         self._dim = plan.specs[0].dim
-        self._distinct = distinct
+        self._distinct, self._room = distinct, 1.0
         assert topology is not None or not hierarchical, "nodes have to be known"
         self._nodes = Nodes.of(topology) if hierarchical and topology is not None else None
         others = [rank for rank in range(comm.size) if rank != comm.rank]
@@ -166,8 +167,17 @@ class ExchangedEmbedding:
         """
         check_arrays(vectors, grad_vectors, capacity, (self.first + len(self.specs), self._dim), vectors.dtype)
         keys = self._device.zeros(max(1, len(self.specs) * capacity * self.comm.size), np.int32)
-        capacities = pair_capacities(self.plan, capacity, self._shares, self._sigmas)
-        return self._make(capacity, vectors, grad_vectors, keys, capacities, self._distinct)
+        capacities = pair_capacities(self.plan, capacity, self._shares, self._sigmas, self._room)
+        distinct = self._distinct and [math.ceil(self._room * most) for most in self._distinct]
+        return self._make(capacity, vectors, grad_vectors, keys, capacities, distinct)
+
+    def make_room(self, buffers: ExchangeBuffers) -> None:
+        """Have the lists of buffers that are made from now on hold a quarter more than this batch needs.
+
+        Args:
+            buffers: after ``input_dist``; they stay as they are.
+        """
+        self._room *= longer(self._device.to_host(buffers.lists.totals), buffers.lists.capacities)
 
     def exact(self, buffers: ExchangeBuffers, rows: int, global_rows: int) -> ExchangeBuffers:
         """The same batch with lists of the length that it needs, after ``input_dist``; the host waits for counts.
@@ -281,7 +291,7 @@ class ExchangedEmbedding:
             ConfigError: the buffers are forward only.
         """
         check_trains(buffers.grad_vectors)
-        buffers.route.inward(self._flat(buffers.grad_vectors), self._scale(buffers), own=not self._adds)
+        buffers.route.inward(self._flat(buffers.grad_vectors), buffers.scale(self.comm.size), own=not self._adds)
         if self._placed.frequent:
             self._sum_frequent(buffers)
             self.comm.all_reduce(self._sums[: self._placed.frequent]).wait()
@@ -377,14 +387,8 @@ class ExchangedEmbedding:
     def _flat(self, vectors: Array) -> Array:
         return vectors.reshape(-1, self._dim)
 
-    def _scale(self, buffers: ExchangeBuffers) -> float:
-        """Factor of gradients on their way: fp16 has too few small numbers for those of fp32 without a loss scale."""
-        if buffers.route.gradients.dtype != np.float16 or buffers.vectors.dtype == np.float16:
-            return 1.0
-        return float(1 << ((buffers.capacity * self.comm.size).bit_length() - 1))
-
     def _told(self, buffers: ExchangeBuffers, guard: Array) -> Array:
-        scale = self._scale(buffers)
+        scale = buffers.scale(self.comm.size)
         if scale == 1.0:
             return guard
         buffers.guard[...] = guard

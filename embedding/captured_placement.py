@@ -27,6 +27,9 @@ SIGMAS = 10.0
 MOST_ROWS = 2**31 - 1
 """Rows and places are numbered by 32-bit integers."""
 
+_MORE = 1.25
+"""How many times as long lists are made as one that ran over would have had to be."""
+
 _PADDING = "(padding)"
 
 
@@ -169,7 +172,9 @@ def owner_shares(plan: Plan, rows: Sequence[Array], weights: Sequence[Array] | N
     return shares
 
 
-def pair_capacities(plan: Plan, rows: int, shares: Array | None, sigmas: float = SIGMAS) -> tuple[int, ...]:
+def pair_capacities(
+    plan: Plan, rows: int, shares: Array | None, sigmas: float = SIGMAS, factor: float = 1.0
+) -> tuple[int, ...]:
     """How many rows each rank can send to one other in a batch.
 
     Args:
@@ -177,6 +182,7 @@ def pair_capacities(plan: Plan, rows: int, shares: Array | None, sigmas: float =
         rows: most rows of one rank.
         shares: [T, W], see ``owner_shares``; ``None``: whatever the keys may be.
         sigmas: standard deviations above what is expected.
+        factor: how many times as much there is to be.
     """
     capacities = []
     for rank in range(plan.ranks):
@@ -192,8 +198,20 @@ def pair_capacities(plan: Plan, rows: int, shares: Array | None, sigmas: float =
             most += rows * possible
             mean += rows * share
             variance += rows * share * (1 - share)
-        capacities.append(min(most, math.ceil(mean + sigmas * math.sqrt(variance) - 1e-6)))
+        wanted = factor * (mean + sigmas * math.sqrt(variance))
+        capacities.append(min(most, max(0, math.ceil(wanted - 1e-6))))
     return tuple(capacities)
+
+
+def longer(totals: Array, capacities: Sequence[int]) -> float:
+    """How many times as long lists have to be to hold a quarter more than a batch needs.
+
+    Args:
+        totals: [W, W] rows of each owner for each rank.
+        capacities: of each owner.
+    """
+    needed: list[int] = totals.max(axis=1).tolist()
+    return _MORE * max(1.0, *(rows / max(1, had) for rows, had in zip(needed, capacities, strict=True)))
 
 
 def node_rows(plan: Plan, keys: Array, nodes: Sequence[Sequence[int]], sigmas: float = SIGMAS) -> tuple[int, ...]:

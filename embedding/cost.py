@@ -51,6 +51,8 @@ class Workload:
         id_itemsize: bytes of a row's number where rows are asked for.
         jagged: bags have different lengths.
         weighted: keys have weights.
+        captured: steps of fixed sizes (``captured_exchange``): no keys travel, and all replicated rows' gradients are
+            summed, as float32.
     """
 
     ranks: int
@@ -62,6 +64,7 @@ class Workload:
     id_itemsize: int = 4
     jagged: bool = False
     weighted: bool = False
+    captured: bool = False
 
     @property
     def share(self) -> float:
@@ -130,7 +133,7 @@ class TableDemand:
         keys = self._draws * (work.key_itemsize + 4 * work.weighted)
         keys += LENGTH_BYTES * rows * (work.jagged and self.spec.bag_keys is None)
         return TableCost(
-            keys=parts * keys,
+            keys=0.0 if work.captured else parts * keys,
             vectors=rows * self.spec.dim * work.exchange_itemsize,
             node_gradients=rows * work.ranks / work.nodes * self.spec.dim * work.exchange_itemsize,
             asker_s=self._seconds(2 * rows),
@@ -152,10 +155,13 @@ class TableDemand:
         reduce = 0.0
         if threshold:
             union = self.frequency.at(self._union, threshold)
-            reduce, moved = reduce_bytes(threshold, union, self.spec.dim, work.itemsize)
+            if work.captured:
+                reduce, moved = 4.0 * threshold * self.spec.dim, float(threshold)
+            else:
+                reduce, moved = reduce_bytes(threshold, union, self.spec.dim, work.itemsize)
             asker += self._seconds(_PASSES * moved)
         return TableCost(
-            keys=sent * work.id_itemsize,
+            keys=0.0 if work.captured else sent * work.id_itemsize,
             vectors=sent * self.spec.dim * work.exchange_itemsize,
             node_gradients=self._beyond(self._node, threshold) * self.spec.dim * work.exchange_itemsize,
             reduce=reduce,

@@ -43,6 +43,12 @@ class ExchangeBuffers(BatchBuffers):
     guard: Array = None
     exact: bool = False
 
+    def scale(self, ranks: int) -> float:
+        """Factor of gradients on their way: fp16 has too few small numbers for those of fp32 without a loss scale."""
+        if self.route.gradients.dtype != np.float16 or self.vectors.dtype == np.float16:
+            return 1.0
+        return float(1 << ((self.capacity * ranks).bit_length() - 1))
+
 
 def wire_type(precision: Precision, vectors: Any) -> Any:
     """The type of what travels: that of the vectors, unless the precision has fewer bits."""

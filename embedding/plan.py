@@ -146,6 +146,7 @@ def make_plans(
     memory_limit_bytes: int | None = None,
     deduplicate: Literal["auto"] | bool = "auto",
     all_to_all: Literal["auto"] | AllToAll = "auto",
+    captured: bool = False,
 ) -> list[Plan]:
     """Place every table where a step is predicted to be fastest and every rank can hold its part.
 
@@ -170,6 +171,7 @@ def make_plans(
         memory_limit_bytes: what a rank may hold of tables, state and gradients of replicated rows.
         deduplicate: of tables whose ``placements`` say nothing about it.
         all_to_all: ``auto``: whichever is predicted to be faster.
+        captured: steps have fixed sizes (``captured_exchange``), and no table is cut by columns but where it is forced.
 
     Returns:
         The plan that is predicted to be fastest, then plans of other families (another exchange, other kinds) that
@@ -179,12 +181,10 @@ def make_plans(
         ConfigError: a forced placement cannot be, or no plan fits the memory.
     """
     if ranks < 1 or not 1 <= nodes <= ranks or batch_size < 1:
-        raise ConfigError(
-            f"plan: {ranks} ranks on {nodes} nodes, batch {batch_size}; each is at least 1, nodes <= ranks"
-        )
-    forced = {
-        name: rule if isinstance(rule, Forced) else Forced(kind=rule) for name, rule in (placements or {}).items()
-    }
+        what = f"plan: {ranks} ranks on {nodes} nodes, batch {batch_size}"
+        raise ConfigError(f"{what}; each is at least 1, nodes <= ranks")
+    given = (placements or {}).items()
+    forced = {name: rule if isinstance(rule, Forced) else Forced(kind=rule) for name, rule in given}
     if unknown := sorted(set(forced) - {spec.name for spec in specs}):
         raise ConfigError(f"placement of table '{unknown[0]}': there is no such table; name one of the data set's")
     workload = Workload(
@@ -197,15 +197,14 @@ def make_plans(
         id_itemsize=4 if sum(spec.rows for spec in specs) < 2**31 else 8,
         jagged=jagged,
         weighted=weighted,
+        captured=captured,
     )
     demands = [
         TableDemand(spec, _frequency(spec, frequencies), (hotness or {}).get(spec.name, spec.hotness), workload, links)
         for spec in specs
     ]
-    everywhere = None if deduplicate == "auto" else deduplicate
-    options = [
-        allowed_placements(spec, forced.get(spec.name, Forced()), everywhere, ranks, optimizer) for spec in specs
-    ]
+    rule = (None if deduplicate == "auto" else deduplicate, ranks, optimizer)
+    options = [allowed_placements(spec, forced.get(spec.name, Forced()), *rule, columns=not captured) for spec in specs]
     search = Search(
         specs,
         demands,
@@ -230,7 +229,13 @@ def make_plans(
 
 
 def allowed_placements(
-    spec: TableSpec, forced: Forced, deduplicate: bool | None, ranks: int, optimizer: OptimizerConfig
+    spec: TableSpec,
+    forced: Forced,
+    deduplicate: bool | None,
+    ranks: int,
+    optimizer: OptimizerConfig,
+    *,
+    columns: bool = True,
 ) -> list[Placement]:
     """The placements that one table may have, owners not decided.
 
@@ -240,6 +245,7 @@ def allowed_placements(
         deduplicate: what the config says of all.
         ranks: W.
         optimizer: of the tables.
+        columns: whether a table may be cut by columns where nothing is forced.
 
     Raises:
         ConfigError: the forced placement cannot be.
@@ -257,7 +263,7 @@ def allowed_placements(
     if kind is None and ranks == 1:
         return [Placement(kind="table_wise")]  # nothing to exchange, nothing to choose
     found: list[Placement] = []
-    if kind in (None, "column_wise"):
+    if kind == "column_wise" or (kind is None and columns):
         found += _column_wise(spec, ranks, optimizer, forced=kind is not None)
     if kind in (None, "replicated"):
         found.append(Placement(kind="replicated", threshold=spec.rows))

@@ -88,7 +88,9 @@ def plan(
         print_rows(f"Predicted step, batch {run.data.batch_size:,}, links {rates.source}", result, as_json=as_json)
         return
     rates = read_links(links or ("h100" if run.device == "cuda" else None))
-    made = plan_tables(run, tables, ranks=ranks, nodes=nodes, calibration=calibration, links=rates)
+    made = plan_tables(
+        run, tables, ranks=ranks, nodes=nodes, calibration=calibration, links=rates, captured=run.device == "cuda"
+    )
     print_plan(made, rates, as_json=as_json)
 
 

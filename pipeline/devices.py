@@ -20,7 +20,7 @@ _PACKAGES = {"cupy": "CuPy", "nvmath": "nvmath-python", "cuda.bindings": "cuda-b
 
 
 def make_device(config: RunConfig, topology: Topology, threads: int) -> Device:
-    """The CPU, or the GPU that is this rank's among those of its machine.
+    """The CPU, or the GPU that is this rank's among those of its machine; with more ranks than GPUs, ranks share.
 
     Raises:
         ConfigError: a precision that the CPU does not have.
@@ -35,9 +35,9 @@ def make_device(config: RunConfig, topology: Topology, threads: int) -> Device:
             )
         return HostDevice(threads)
     _check_packages(config.device)
-    from dlrm.cuda import CudaDevice
+    from dlrm.cuda import CudaDevice, count_gpus
 
-    return CudaDevice(topology.local_rank, threads=threads, graphs=config.cuda.graphs)
+    return CudaDevice(topology.local_rank % max(1, count_gpus()), threads=threads, graphs=config.cuda.graphs)
 
 
 def _sees_gpu(config: RunConfig) -> bool:

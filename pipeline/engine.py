@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,9 @@ class Engine:
         comm: all ranks, for whatever is done between steps; each lane has a communicator of its own.
         topology: the machines, whatever nodes the config supposes.
         carrier: the same ranks, for arrays of the device; ``None``: those go through the host's memory.
-        embedding: ``HybridEmbedding``, or on a GPU ``CapturedEmbedding``.
+        carrier_name: ``none``, ``nccl`` or ``staged``.
+        release: lets go of the carrier.
+        embedding: ``HybridEmbedding``, or on GPUs ``CapturedEmbedding`` and ``ExchangedEmbedding``.
         layout: of the records that the device takes apart itself; ``None``: it is handed decoded batches.
     """
 
@@ -56,7 +60,17 @@ class Engine:
     train_schedule: Schedule
     eval_schedule: Schedule
     carrier: Comm | None = None
+    carrier_name: str = "none"
+    release: Callable[[], None] = lambda: None
     layout: RecordLayout | None = None
+
+    def close(self) -> None:
+        """Let go of what joins the ranks' GPUs (collective); not after a failure, as it waits for all ranks.
+
+        No recording may be left: see ``NcclComm.close``.
+        """
+        gc.collect()
+        self.release()
 
     def describe_model(self) -> dict[str, Any]:
         """What a checkpoint has to match, as JSON values."""
@@ -153,7 +167,6 @@ def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved: Checkpoi
     topology = discover(comm)
     nodes = _supposed_nodes(config, comm, topology)
     device = make_device(config, topology, threads)
-    captures = device.steps_behind > 0
     model = DenseModel(
         model=config.model,
         num_dense=dataset.num_dense,
@@ -162,50 +175,58 @@ def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved: Checkpoi
         device=device,
         seed=config.seed,
     )
+    optimizer = DenseOptimizer(config.optimizer, model.flat_parameters.size, model.flat_parameters.dtype, device)
+    common: dict[str, Any] = {
+        "config": config, "dataset": dataset, "comm": comm, "device": device, "model": model, "topology": topology,
+        "optimizer": optimizer,
+    }  # fmt: skip
+    if device.steps_behind:
+        from pipeline.engine_cuda import join_captured
+
+        parts = join_captured(**common, nodes=nodes, saved=saved)
+    else:
+        parts = _join(**common, nodes=nodes, saved=saved)
+    return Engine(threads=threads, **common, **parts)
+
+
+def _join(
+    *,
+    config: RunConfig,
+    dataset: Dataset,
+    comm: Comm,
+    device: Device,
+    model: DenseModel,
+    topology: Topology,
+    nodes: Topology,
+    optimizer: DenseOptimizer,
+    saved: Checkpoint | None,
+) -> dict[str, Any]:
+    """What an engine has on CPUs."""
     plan, lists = agree_plan(
         config, dataset, comm=comm, topology=nodes, device=device.host, saved=saved, local_ranks=topology.local_size
     )
-    optimizer = DenseOptimizer(config.optimizer, model.flat_parameters.size, model.flat_parameters.dtype, device)
     # A lane has its own order of collectives, which must not meet those of another one.
     embedding_comm, dense_comm = (comm.split(0, comm.rank) for _ in range(2))
-    common: dict[str, Any] = {"model": model, "device": device, "optimizer": optimizer}
-    embedding: Any
-    stages: Stages
-    layout = None
-    if captures:
-        from pipeline.engine_cuda import build_captured, build_stages
-
-        layout = dataset.layout
-        embedding = build_captured(config, plan, embedding_comm, device, model.first)
-        stages = build_stages(config, embedding=embedding, comm=dense_comm, layout=layout, **common)
-    else:
-        embedding = _hybrid(config, plan, embedding_comm, nodes, lists, model)
-        stages = Stages(
-            embedding=embedding,
-            comm=dense_comm,
-            dense_lr=config.optimizer.lr,
-            table_lr=config.table_optimizer.lr,
-            rates=config.learning_rate,
-            **common,
-        )
-    train_schedule, eval_schedule = _schedules(config, topology, comm.size, stages)
-    return Engine(
-        config=config,
-        dataset=dataset,
-        comm=comm,
-        device=device,
-        threads=threads,
-        plan=plan,
+    embedding = _hybrid(config, plan, embedding_comm, nodes, lists, model)
+    stages = Stages(
         model=model,
-        topology=topology,
-        lists=lists,
         embedding=embedding,
+        comm=dense_comm,
+        device=device,
         optimizer=optimizer,
-        stages=stages,
-        train_schedule=train_schedule,
-        eval_schedule=eval_schedule,
-        layout=layout,
+        dense_lr=config.optimizer.lr,
+        table_lr=config.table_optimizer.lr,
+        rates=config.learning_rate,
     )
+    no_gain = no_gain_on_host(comm.size, topology.num_nodes)
+    return {
+        "plan": plan,
+        "lists": lists,
+        "embedding": embedding,
+        "stages": stages,
+        "train_schedule": choose(config.overlap, "train", no_gain),
+        "eval_schedule": choose(config.overlap, "eval", no_gain),
+    }
 
 
 def _supposed_nodes(config: RunConfig, comm: Comm, topology: Topology) -> Topology:
@@ -240,19 +261,6 @@ def _hybrid(
         topology=topology,
         lists=lists,
     )
-
-
-def _schedules(config: RunConfig, topology: Topology, ranks: int, stages: Stages) -> tuple[Schedule, Schedule]:
-    """Of training and of evaluation."""
-    if not stages.device.steps_behind:
-        no_gain = no_gain_on_host(ranks, topology.num_nodes)
-        return choose(config.overlap, "train", no_gain), choose(config.overlap, "eval", no_gain)
-    from pipeline.engine_cuda import fused_schedule, guarded, spread
-    from pipeline.stages_cuda import CudaStages
-
-    assert isinstance(stages, CudaStages)
-    train, evaluation = (choose(config.overlap, what, None) for what in ("train", "eval"))
-    return guarded(spread(train), stages), fused_schedule(evaluation) if stages.fused else evaluation
 
 
 def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Any:

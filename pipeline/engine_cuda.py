@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from dlrm.config import RunConfig
 from dlrm.device import Device
-from dlrm.errors import DeviceError
+from dlrm.errors import ConfigError, DeviceError
 from dlrm.interaction_cuda import MOST_VECTORS
 from dlrm.model import DenseModel
 from dlrm.optim import DenseOptimizer
 from embedding.captured import CapturedEmbedding
-from embedding.comm import Comm
+from embedding.captured_exchange import ExchangedEmbedding
+from embedding.comm import Comm, SingleComm, all_gather_bytes
+from embedding.comm_staged import StagedComm
 from embedding.placement import Plan
+from embedding.topology import Topology
+from pipeline.checkpoint import Checkpoint
+from pipeline.dataset import Dataset
 from pipeline.devices import DTYPES
-from pipeline.overlap import Schedule
+from pipeline.overlap import Schedule, choose
+from pipeline.plan_captured import ListRoom, agree_captured_plan, measure_lists
 from pipeline.schedule import EVAL_SEQUENTIAL
 from pipeline.stages import S
 from pipeline.stages_cuda import CudaStages
@@ -24,14 +32,90 @@ WEIGHTS_BESIDE = True
 """See ``spread``."""
 
 
-def build_captured(config: RunConfig, plan: Plan, comm: Comm, device: Device, first: int) -> CapturedEmbedding:
-    """The tables of this rank.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carrier:
+    """What brings arrays from GPU to GPU.
+
+    One communicator serves all stages: a schedule has their collectives on one stream, and whatever exchanges between
+    steps does so while no step is under way.
+
+    Attributes:
+        name: which kind.
+        comm: all ranks; ``None``: there is one.
+        sharing: ranks on this rank's GPU.
+        close: to be called by all ranks at the end of a run that did not fail, once no graph is left.
+    """
+
+    name: Literal["none", "nccl", "staged"] = "none"
+    comm: Comm | None = None
+    sharing: int = 1
+    close: Callable[[], None] = lambda: None
+
+    @property
+    def captures(self) -> bool:
+        """Whether a graph may hold its collectives."""
+        return self.name != "staged"
+
+
+def make_carrier(config: RunConfig, host: Comm, topology: Topology, device: Device) -> Carrier:
+    """Join the GPUs of all ranks (collective).
+
+    Args:
+        config: of the run.
+        host: all ranks, over MPI.
+        topology: their nodes.
+        device: this rank's GPU.
 
     Raises:
+        DeviceError: NCCL is asked for, but ranks share a GPU.
+        CommError: NCCL does not start.
+    """
+    if host.size == 1:
+        return Carrier()
+    bus = getattr(device, "bus_id", None)
+    places = all_gather_bytes(host, f"{topology.node} {bus}".encode())
+    count = Counter(places)
+    sharing, wish = count[places[host.rank]], config.cuda.carrier
+    if wish == "nccl" and len(count) < host.size:
+        raise DeviceError(
+            f"cuda.carrier: nccl, but {host.size} ranks have {len(count)} GPUs, and NCCL wants one for each; start "
+            "fewer ranks a node, or set it to auto"
+        )
+    own = host.split(0, host.rank)
+    if wish == "staged" or bus is None or len(count) < host.size:
+        return Carrier(name="staged", comm=StagedComm(own, device), sharing=sharing)
+    from embedding.comm_nccl import NcclComm
+
+    nccl = NcclComm(own, device.index)  # type: ignore[attr-defined]
+    return Carrier(name="nccl", comm=nccl, close=nccl.close)
+
+
+def build_captured(
+    config: RunConfig,
+    plan: Plan,
+    carrier: Carrier,
+    topology: Topology,
+    device: Device,
+    first: int,
+    room: Callable[[], ListRoom],
+) -> CapturedEmbedding | ExchangedEmbedding:
+    """The tables of this rank.
+
+    Args:
+        config: of the run.
+        plan: of the tables.
+        carrier: between the GPUs.
+        topology: of the ranks.
+        device: this rank's GPU.
+        first: place of table 0 in the vectors.
+        room: finds out what lists have to hold, where there are several ranks.
+
+    Raises:
+        ConfigError: several GPUs do not do what the plan says.
         DeviceError: they do not fit.
     """
-    if comm.size > 1:
-        raise DeviceError(f"device: cuda runs on one rank so far, not on {comm.size}; set device: cpu")
+    if carrier.comm is not None:
+        return _exchanged(config, plan, carrier.comm, topology, device, first, room())
     return CapturedEmbedding(
         specs=plan.specs,
         device=device,
@@ -45,12 +129,37 @@ def build_captured(config: RunConfig, plan: Plan, comm: Comm, device: Device, fi
     )
 
 
+def _exchanged(
+    config: RunConfig, plan: Plan, comm: Comm, topology: Topology, device: Device, first: int, room: ListRoom
+) -> ExchangedEmbedding:
+    hierarchical = plan.all_to_all == "hierarchical"
+    if hierarchical:  # groups that carry arrays of the device
+        inside = comm.split(topology.node, topology.local_rank)
+        topology = replace(topology, inside=inside, across=comm.split(topology.local_rank, topology.node))
+    return ExchangedEmbedding(
+        plan=plan,
+        comm=comm,
+        topology=topology,
+        device=device,
+        optimizer=config.table_optimizer,
+        table_dtype=DTYPES[config.table_precision],
+        seed=config.seed,
+        first=first,
+        deterministic=config.deterministic,
+        exchange_precision=config.embedding.exchange_precision,
+        shares=room.shares,
+        sigmas=room.sigmas,
+        hierarchical=hierarchical,
+        distinct=room.distinct,
+    )
+
+
 def build_stages(
     config: RunConfig,
     *,
     model: DenseModel,
     embedding: Any,
-    comm: Comm,
+    carrier: Carrier,
     device: Device,
     layout: Any,
     optimizer: DenseOptimizer,
@@ -60,6 +169,7 @@ def build_stages(
     scale = 1.0
     if config.precision == "fp16":
         scale = 65536.0 if config.loss_scale == "dynamic" else float(config.loss_scale)
+    comm = carrier.comm or SingleComm()
     return CudaStages(
         model=model,
         embedding=embedding,
@@ -76,6 +186,7 @@ def build_stages(
         growth_interval=config.loss_scale_growth,
         fused_eval=layout is not None and fuses("fused_eval", config.cuda.fused_eval, config, model, comm),
         fused_train=layout is not None and fuses("fused_train", config.cuda.fused_train, config, model, comm),
+        captures=carrier.captures,
     )
 
 
@@ -131,3 +242,68 @@ def fused_schedule(schedule: Schedule) -> Schedule:
     uploads = [row for row in schedule.rows if row.stage == S.upload]
     rows = [replace(row, ahead=0) for row in EVAL_SEQUENTIAL if row.stage != S.upload]
     return Schedule((*uploads, *rows), "one GPU runs look-up and interaction as one kernel")
+
+
+def join_captured(
+    *,
+    config: RunConfig,
+    dataset: Dataset,
+    comm: Comm,
+    device: Device,
+    model: DenseModel,
+    topology: Topology,
+    nodes: Topology,
+    optimizer: DenseOptimizer,
+    saved: Checkpoint | None,
+) -> dict[str, Any]:
+    """What an engine has on GPUs: its fields by name (collective).
+
+    Raises:
+        ConfigError: several GPUs do not do what the config or the data ask for.
+        DeviceError: the tables do not fit.
+    """
+    carrier = make_carrier(config, comm, topology, device)
+    if comm.size > 1:
+        check_records(dataset)
+    plan = agree_captured_plan(
+        config, dataset, comm=comm, topology=nodes, device=device, carrier=carrier.comm, carrier_name=carrier.name,
+        sharing=carrier.sharing, local_ranks=topology.local_size, saved=saved,
+    )  # fmt: skip
+    embedding = build_captured(
+        config, plan, carrier, nodes, device, model.first, lambda: measure_lists(config, dataset, plan, nodes)
+    )
+    stages = build_stages(
+        config, model=model, embedding=embedding, carrier=carrier, device=device, layout=dataset.layout,
+        optimizer=optimizer,
+    )  # fmt: skip
+    train, evaluation = choose(config.overlap, "train", None), choose(config.overlap, "eval", None)
+    return {
+        "plan": plan,
+        "lists": {},
+        "embedding": embedding,
+        "stages": stages,
+        "train_schedule": guarded(spread(train), stages),
+        "eval_schedule": fused_schedule(evaluation) if stages.fused else evaluation,
+        "carrier": carrier.comm if carrier.name == "nccl" else None,
+        "carrier_name": carrier.name,
+        "release": carrier.close,
+        "layout": dataset.layout,
+    }
+
+
+def check_records(dataset: Dataset) -> None:
+    """Refuse rows that several GPUs do not exchange.
+
+    Raises:
+        ConfigError: a bag may hold more or less than one key, or keys have weights.
+    """
+    if dataset.layout is not None:
+        return
+    several = next((table for table in dataset.tables if table.hotness != 1), None)
+    what = "bags of several lengths, weights or missing keys"
+    if several is not None:
+        what = f"a table, '{several.name}', of hotness {several.hotness}"
+    raise ConfigError(
+        f"data set {dataset.path}: it has {what}, but several GPUs exchange one key a bag; use one GPU, or set "
+        "device: cpu"
+    )

@@ -54,6 +54,7 @@ def main(
             result.update(report_of(engine, evaluation, stop={"checkpoint": str(opened.path), "step": opened.step}))
             if report:
                 write_report(Path(report), result)
+        engine.close()
         return 0
 
     return run_process(work, debug=debug, stoppable=False), result

@@ -24,10 +24,12 @@ from pipeline.dataset import Split
 from pipeline.device_feed import Origin
 from pipeline.engine import Engine
 from pipeline.feed import Batches, evaluation_batches, evaluation_origin
+from pipeline.flight import Flight
 from pipeline.host_memory import available_memory
 from pipeline.loader import LoadedBatch
 from pipeline.metrics import Metrics, evaluate_scores
 from pipeline.schedule import Clock, execute, ring_size
+from pipeline.stages import S
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Evaluator:
     """Scores one split as often as asked; its buffers are allocated once.
 
     Attributes:
+        ring: of its batches in flight.
         cached: this rank's batches, kept by the first pass; ``None`` before it, or where they do not fit.
     """
 
@@ -77,13 +80,13 @@ class Evaluator:
         self.split = split
         self.name = name
         self.batch_size = min(engine.config.eval.batch_size, max(split.rows, 1))
-        capacity = -(-self.batch_size // engine.comm.size)
-        self._ring = [
-            engine.stages.flight(capacity, training=False) for _ in range(ring_size(engine.eval_schedule.rows))
-        ]
+        self.ring: list[Flight] = []
+        self._make_ring()
+        # Of each batch, whether its exchange ran over.
+        self._overflows = engine.device.zeros(-(-split.rows // self.batch_size), np.int32)
         rows = sum(self._share(start) for start in range(0, split.rows, self.batch_size))
-        self._logits = engine.device.empty(rows, self._ring[0].workspace.logits.dtype)
-        self._labels = engine.device.empty(rows, self._ring[0].labels.dtype)
+        self._logits = engine.device.empty(rows, self.ring[0].workspace.logits.dtype)
+        self._labels = engine.device.empty(rows, self.ring[0].labels.dtype)
         self.cached: list[LoadedBatch] | None = None
         self._keeps: bool | None = None
         self._origin: Origin | None = None
@@ -110,19 +113,50 @@ class Evaluator:
         engine = self.engine
         at = 0
         with ExitStack() as stack:
-            for flight in execute(
-                engine.eval_schedule.rows,
-                stages=engine.stages,
-                ring=self._ring,
-                batches=self._batches(stack),
-                device=engine.device,
-                clock=clock,
+            for number, flight in enumerate(
+                execute(
+                    engine.eval_schedule.rows,
+                    stages=engine.stages,
+                    ring=self.ring,
+                    batches=self._batches(stack),
+                    device=engine.device,
+                    clock=clock,
+                )
             ):
-                here = slice(at, at + flight.rows)
-                engine.device.convert(flight.workspace.logits[: flight.rows], self._logits[here])
-                engine.device.convert(flight.labels[: flight.rows], self._labels[here])
+                self._keep(flight, at)
+                if (flag := engine.stages.overflow(flight)) is not None:
+                    self._overflows[number : number + 1] = flag
                 at += flight.rows
+        if engine.stages.overflow(self.ring[0]) is not None:
+            overflows = np.flatnonzero(engine.device.to_host(self._overflows)).tolist()
+            for number in overflows:
+                self._run_again(number)
+            if overflows:
+                self._make_ring()
         self._forward_seconds = time.perf_counter() - start
+
+    def _make_ring(self) -> None:
+        """Allocate all batches in flight."""
+        self.ring.clear()
+        for _ in range(ring_size(self.engine.eval_schedule.rows)):
+            self.ring.append(self.engine.stages.flight(self.batch_size, training=False))
+
+    def _keep(self, flight: Flight, at: int) -> None:
+        """Keep a batch's logits and labels, behind the first ``at`` rows."""
+        here = slice(at, at + flight.rows)
+        self.engine.device.convert(flight.workspace.logits[: flight.rows], self._logits[here])
+        self.engine.device.convert(flight.labels[: flight.rows], self._labels[here])
+
+    def _run_again(self, number: int) -> None:
+        """Do a batch whose exchange ran over, with lists that are long enough."""
+        engine, flight = self.engine, self.ring[0]
+        with (
+            evaluation_batches(engine, self.split, self.batch_size, self._origin, number) as batches,
+            engine.device.streams(("main",)) as streams,
+        ):
+            engine.stages.run_exact(next(batches), flight, S.top_forward)
+            streams.join([engine.device.record()])
+            self._keep(flight, sum(self._share(before * self.batch_size) for before in range(number)))
 
     def score(self, comm: Comm, carrier: Comm | None) -> Evaluation:
         """Metrics of the last ``forward`` (collective); needs nothing of the model.
@@ -248,6 +282,10 @@ class BackgroundEvaluations:
         self._on_end(evaluation, self._step)
         return evaluation
 
+    def flights(self) -> list[Flight]:
+        """All batches in flight that it has room for."""
+        return [flight for evaluator in self._evaluators.values() for flight in evaluator.ring]
+
     def close(self) -> None:
         """End the thread once it is idle; waits for nobody."""
         self._pool.shutdown(wait=False)
@@ -258,6 +296,8 @@ def evaluate(engine: Engine, *, split: str | None = None, scores: Path | None = 
     name = split or final_split(engine)
     evaluator = Evaluator(engine, engine.dataset.split(name), name)
     evaluation = evaluator.run()
+    for flight in evaluator.ring:
+        flight.recording.graph = None
     if scores is not None:
         evaluator.write_scores(scores)
     return evaluation

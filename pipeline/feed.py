@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from pipeline.dataset import Split
@@ -19,9 +19,32 @@ _SHARE_FOR_CACHE = 0.5
 """Of the GPU's free memory, for rows that are evaluated again and again."""
 
 
+class TrainingFeed:
+    """This rank's batches of a run."""
+
+    def __init__(self, engine: Engine, split: Split) -> None:
+        """Bring the rows to the device where the config asks for it.
+
+        Raises:
+            DeviceError: they do not fit.
+        """
+        self._engine, self._split = engine, split
+        data, device = engine.config.data, engine.device
+        self._origin: Origin | None = None
+        if engine.layout is not None:
+            self._origin = need_resident(split, data, device) if data.on_device else None
+            if self._origin is None:
+                self._origin = make_origin(split, device, data.batch_size)
+
+    def batches(self, start_step: int, stop_step: int) -> AbstractContextManager[Batches]:
+        """Those of the steps behind ``start_step``, up to ``stop_step``."""
+        return _training_batches(self._engine, self._split, self._origin, start_step, stop_step)
+
+
 @contextmanager
-def training_batches(engine: Engine, split: Split, *, start_step: int, stop_step: int) -> Iterator[Batches]:
-    """This rank's batches of a run from ``start_step`` on."""
+def _training_batches(
+    engine: Engine, split: Split, origin: Origin | None, start_step: int, stop_step: int
+) -> Iterator[Batches]:
     config, comm = engine.config, engine.comm
     data = config.data
     if engine.layout is None:
@@ -43,14 +66,10 @@ def training_batches(engine: Engine, split: Split, *, start_step: int, stop_step
         ) as loader:
             yield iter(loader)
         return
-    device = engine.device
-    origin: Origin | None = need_resident(split, data, device) if data.on_device else None
-    if origin is None:
-        origin = make_origin(split, device, data.batch_size)
     with open_feed(
         split,
         data,
-        device=device,
+        device=engine.device,
         origin=origin,
         batch_rows=data.batch_size,
         rank=comm.rank,
@@ -66,8 +85,11 @@ def training_batches(engine: Engine, split: Split, *, start_step: int, stop_step
 
 
 @contextmanager
-def evaluation_batches(engine: Engine, split: Split, batch_size: int, origin: Origin | None) -> Iterator[Batches]:
-    """This rank's batches of one pass over a split, in the order of its rows."""
+def evaluation_batches(
+    engine: Engine, split: Split, batch_size: int, origin: Origin | None, only: int | None = None
+) -> Iterator[Batches]:
+    """This rank's batches of one pass over a split, in the order of its rows; or only one of them, from 0."""
+    first, stop = (0, None) if only is None else (only, only + 1)
     comm, data = engine.comm, engine.config.data
     if engine.layout is None:
         with Loader(
@@ -81,6 +103,8 @@ def evaluation_batches(engine: Engine, split: Split, batch_size: int, origin: Or
             drop_last=False,
             prefetch=data.prefetch,
             readers=data.readers,
+            start_step=first,
+            stop_step=stop,
             epochs=1,
         ) as loader:
             yield iter(loader)
@@ -96,6 +120,8 @@ def evaluation_batches(engine: Engine, split: Split, batch_size: int, origin: Or
         seed=engine.config.seed,
         shuffle=False,
         drop_last=False,
+        start_step=first,
+        stop_step=stop,
         epochs=1,
     ) as batches:
         yield batches

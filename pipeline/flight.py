@@ -32,6 +32,7 @@ class Flight:
         embedding: keys, vectors and gradients on their way between ranks.
         loss: this rank's part of the mean loss over the global batch.
         staging: what the stages of a GPU keep of the batch besides.
+        batch_rows: rows of a whole batch over all ranks.
         capturable: whether a graph may be made of its work.
         recording: of the work that is issued for every whole batch of this place of the ring.
     """
@@ -48,13 +49,14 @@ class Flight:
     embedding: Any
     loss: float = 0.0
     staging: Any = None
+    batch_rows: int = 0
     capturable: bool = True
     recording: Recording = field(default_factory=Recording)
 
     @property
     def whole(self) -> bool:
-        """Whether the batch fills it, and it is like any other that does."""
-        return self.capturable and self.rows == len(self.labels)
+        """Whether the batch is a whole one, on every rank alike, and like any other that is."""
+        return self.capturable and self.global_rows == self.batch_rows
 
     @classmethod
     def allocate(

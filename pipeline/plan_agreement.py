@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,8 +68,11 @@ def agree_plan(
         return plan_tables(config, dataset.tables, ranks=1), {}
     limit = np.array([memory_limit_bytes(config, local_ranks or topology.local_size)], np.int64)
     comm.all_reduce(limit, "min").wait()
-    weighed = _is_weighed(config, dataset)
-    links = _link_rates(config, comm, topology, device) if weighed else DEFAULT
+    # Nothing is left to weigh where every placement and exchange is forced.
+    weighed = leaves_places(config, dataset) or "auto" in {config.embedding.deduplicate, config.embedding.all_to_all}
+    links = DEFAULT
+    if weighed:
+        links = link_rates(config, comm, topology, lambda: probe(comm, topology, device), DEFAULT)
     orders = FrequencyOrders()
 
     def make() -> list[Plan]:
@@ -128,23 +133,37 @@ def _copied(keys: Jagged) -> Jagged:
     return Jagged(next(arrays), next(arrays), next(arrays), keys.num_tables, keys.num_rows)
 
 
-def _is_weighed(config: RunConfig, dataset: Dataset) -> bool:
-    """Whether anything is left to weigh: not where every placement and exchange is forced."""
+def leaves_places(config: RunConfig, dataset: Dataset) -> bool:
+    """Whether a table's placement, or a threshold, is left to the plan."""
     forced = forced_placements(config, dataset.tables)
-    embedding = config.embedding
-    return (
-        len(forced) < len(dataset.tables)
-        or any(choice.kind == "hybrid" and choice.threshold is None for choice in forced.values())
-        or "auto" in {embedding.deduplicate, embedding.all_to_all}
-    )
+    thresholds = any(choice.kind == "hybrid" and choice.threshold is None for choice in forced.values())
+    return len(forced) < len(dataset.tables) or thresholds
 
 
-def _link_rates(config: RunConfig, comm: Comm, topology: Topology, device: Device) -> LinkRates:
-    """The rates in the run's folder where they are of as many ranks and nodes, else measured and left there."""
+def link_rates(
+    config: RunConfig,
+    comm: Comm,
+    topology: Topology,
+    measure: Callable[[], LinkRates],
+    supposed: LinkRates,
+    carrier: str | None = None,
+) -> LinkRates:
+    """The rates in the run's folder where they are of such ranks, else measured and left there (collective).
+
+    Args:
+        config: of the run.
+        comm: all ranks.
+        topology: their nodes.
+        measure: finds the rates; collective.
+        supposed: with ``deterministic``, where nothing may be measured.
+        carrier: what is measured between GPUs; ``None``: what CPUs use.
+    """
     if config.deterministic:
-        return DEFAULT
+        return supposed
     path = Path(config.run.directory) / LINKS_NAME
-    shape = {"ranks": comm.size, "nodes": topology.num_nodes}
+    shape: dict[str, Any] = {"ranks": comm.size, "nodes": topology.num_nodes}
+    if carrier is not None:
+        shape["carrier"] = carrier
     text = b""
     if comm.rank == 0 and path.is_file():
         text = path.read_bytes()
@@ -156,7 +175,7 @@ def _link_rates(config: RunConfig, comm: Comm, topology: Topology, device: Devic
                 return rates_from_values(values)
         except (ValueError, ConfigError):
             pass  # a torn file is measured again
-    links = probe(comm, topology, device)
+    links = measure()
     if comm.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**links.to_values(), **shape}, indent=1) + "\n", encoding="utf-8")

@@ -23,6 +23,7 @@ from pipeline.statistics import read_frequencies
 
 _MEMORY_FOR_TABLES = 0.8
 """Of the memory that is free: batches, gradients and the page cache need some."""
+ITEMSIZES: Mapping[str, int] = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}
 EXCHANGE_BYTES: Mapping[str, int | None] = {"fp32": None, "fp16": 2, "bf16": 2}
 
 
@@ -160,10 +161,18 @@ def plan_tables(
     calibration: Calibration | None = None,
     links: LinkRates = DEFAULT,
     memory_limit: int | None = None,
+    captured: bool = False,
 ) -> Plan:
     """The plan of a run that is predicted to be fastest: the first of ``plan_several``."""
     return plan_several(
-        config, tables, ranks=ranks, nodes=nodes, calibration=calibration, links=links, memory_limit=memory_limit
+        config,
+        tables,
+        ranks=ranks,
+        nodes=nodes,
+        calibration=calibration,
+        links=links,
+        memory_limit=memory_limit,
+        captured=captured,
     )[0]
 
 
@@ -176,6 +185,7 @@ def plan_several(
     calibration: Calibration | None = None,
     links: LinkRates = DEFAULT,
     memory_limit: int | None = None,
+    captured: bool = False,
 ) -> list[Plan]:
     """The plans that a run may follow, the one that is predicted to be fastest first (``embedding.plan.make_plans``).
 
@@ -187,13 +197,17 @@ def plan_several(
         calibration: what is known of the rows; ``None``: nothing.
         links: rates.
         memory_limit: bytes that a rank may hold; ``None``: the config's limit, or none.
+        captured: the ranks are GPUs, whose steps send every occurrence of a row.
 
     Raises:
         ConfigError: something forced cannot be, or no plan fits the memory.
     """
     known = calibration or Calibration()
     embedding = config.embedding
-    itemsize = 8 if config.precision == "fp64" else 4
+    itemsize = ITEMSIZES[config.table_precision]
+    exchanged = EXCHANGE_BYTES[embedding.exchange_precision]
+    if captured:
+        exchanged = min(ITEMSIZES[config.precision], exchanged or 4)
     if memory_limit is None and embedding.memory_limit_mib is not None:
         memory_limit = embedding.memory_limit_mib * 2**20
     return make_plans(
@@ -206,14 +220,15 @@ def plan_several(
         frequencies=known.frequencies,
         hotness=known.hotness,
         itemsize=itemsize,
-        exchange_itemsize=EXCHANGE_BYTES[embedding.exchange_precision],
+        exchange_itemsize=exchanged,
         key_itemsize=known.key_itemsize,
         jagged=known.jagged,
         weighted=known.weighted,
         links=links,
         memory_limit_bytes=memory_limit,
-        deduplicate=embedding.deduplicate,
+        deduplicate=False if captured else embedding.deduplicate,
         all_to_all=embedding.all_to_all,
+        captured=captured,
     )
 
 
@@ -253,7 +268,10 @@ def simulate(
     itemsize = 8 if config.precision == "fp64" else 4
     for count in ranks:
         nodes = -(-count // ranks_per_node)
-        plan = plan_tables(config, tables, ranks=count, nodes=nodes, calibration=calibration, links=links)
+        plan = plan_tables(
+            config, tables, ranks=count, nodes=nodes, calibration=calibration, links=links,
+            captured=config.device == "cuda",
+        )  # fmt: skip
         share = config.data.batch_size / count
         # Forward one multiplication and one addition a weight and row, backward twice that.
         compute = 6.0 * weights * share / flops

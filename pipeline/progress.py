@@ -5,13 +5,15 @@ Every line of ``progress.jsonl`` is one object with ``type`` and ``time`` (secon
 ========== =====================================================================================
 ``start``  ``run`` (name), ``ranks``, ``steps`` (planned in all), ``samples`` (planned in all),
            ``step`` (0, or where a resumed run goes on), ``precision``, ``threads`` (per rank),
-           ``device`` (rank 0's), ``plan`` (``label``, ``nodes``, ``all_to_all``, ``predicted_ms`` of
-           the embedding lane, ``parts_ms`` of that),
+           ``device`` (rank 0's), ``carrier`` (between GPUs: ``nccl``, ``staged`` or ``none``),
+           ``plan`` (``label``, ``nodes``, ``all_to_all``, ``predicted_ms`` of the embedding lane,
+           ``parts_ms`` of that),
            ``overlap`` (for ``train`` and ``eval``: ``overlapped``, ``depth``, ``reason``)
 ``step``   ``step``, ``epoch``, ``samples``, ``samples_per_s`` (since the last record, without a
            process's first step, which may compile; ``null`` if that was the only one), ``loss``
            (mean over the global batch of this step), ``lr``, ``stages_ms`` (mean per step by stage;
-           on a GPU of traced steps only), with a dynamic loss scale ``skipped_steps`` (so far)
+           on a GPU of traced steps only), with a dynamic loss scale ``skipped_steps`` (so far), on
+           several GPUs ``overflows`` (batches whose lists ran over, and that were run again)
 ``eval``   ``step``, ``split``, ``seconds``, ``scoring_seconds`` (part of them), ``waited_seconds`` (of
            these what training waited for), ``samples``,
            ``metrics`` (see ``pipeline.metrics.Metrics``)

@@ -7,7 +7,7 @@ ended: ``after`` names what else a row waits for, stages of the same batch. The 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
@@ -104,7 +104,7 @@ def execute(
     batches: Iterator[LoadedBatch | DeviceBatch],
     device: Device,
     clock: Clock | None = None,
-) -> Iterator[Flight]:
+) -> Generator[Flight, None, None]:
     """Run a schedule over all batches; yields each batch's Flight once its last stage is done.
 
     The caller may read the Flight, evaluate or save until it asks for the next one: nothing is under way meanwhile, and

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from dlrm.config import LearningRateConfig
 from dlrm.device import Device
@@ -74,12 +74,20 @@ class Outcome(Protocol):
         """
         ...
 
+    def overflowed(self) -> bool:
+        """Whether the step's exchange ran over, so that neither it nor any later one has changed anything."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class HostOutcome:
     """A loss that is there already."""
 
     value: float
+
+    def overflowed(self) -> bool:
+        """Never."""
+        return False
 
     def loss(self) -> float:
         """It."""
@@ -111,11 +119,25 @@ class Stages:
         self.table_lr = table_lr
         self.rates = rates or LearningRateConfig()
 
-    def flight(self, capacity: int, *, training: bool) -> Flight:
-        """A Flight for up to ``capacity`` rows on this rank; with ``training``, for the backward pass too."""
-        return Flight.allocate(
+    def flight(self, batch_rows: int, *, training: bool) -> Flight:
+        """A Flight for batches of up to so many rows over all ranks; with ``training``, for the backward pass too."""
+        capacity = -(-batch_rows // self.comm.size)
+        flight = Flight.allocate(
             capacity, model=self.model, embedding=self.embedding, device=self.device, training=training
         )
+        flight.batch_rows = batch_rows
+        return flight
+
+    def run_exact(self, batch: Any, flight: Flight, last: S) -> None:
+        """Run a batch again whose exchange ran over, up to stage ``last``; what has no fixed sizes runs over never.
+
+        Flights that are made afterwards have more room.
+        """
+        raise AssertionError(f"{last} of step {batch.step}: sizes follow the batch, {flight.rows} rows")
+
+    def overflow(self, flight: Flight) -> Any:  # noqa: ARG002
+        """[1] int32 of the device: not 0 if the batch's exchange ran over; ``None``: it cannot."""
+        return None
 
     def outcome(self, flight: Flight) -> Outcome:
         """What came of the Flight's step, for the host to look at later."""

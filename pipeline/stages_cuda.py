@@ -19,6 +19,7 @@ from dlrm.model import DenseModel
 from dlrm.optim import DenseOptimizer
 from dlrm.optim import constants as dense_constants
 from dlrm.scalars import NOT_FINITE, SIZE, SKIPPED_STEPS, write_guard, write_scalars
+from embedding.captured_exchange import ExchangedEmbedding
 from embedding.comm import Comm
 from embedding.sparse_optim import constants as sparse_constants
 from pipeline.device_feed import DeviceBatch
@@ -27,7 +28,7 @@ from pipeline.formats.record_files import RecordLayout
 from pipeline.loader import LoadedBatch
 from pipeline.record_loader import RecordBatch
 from pipeline.split_records import split_records
-from pipeline.stages import Stages
+from pipeline.stages import S, Stages
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,7 +37,8 @@ class Staging:
 
     Attributes:
         scalars: see ``dlrm.scalars``.
-        outcome: [2] float64: the loss, and as an integer 1 + the place of a faulty record.
+        outcome: [2] float64: the loss, and as integers 1 + the place of a faulty record and whether the exchange ran
+            over.
         partials: room for the sum of the loss.
         records: [G, V] uint32, where records are brought or made; ``None``: decoded batches come.
         numbers: [G, 2] uint32, numbers of rows.
@@ -71,6 +73,10 @@ class CudaOutcome:
             raise self.host.fault(fault - 1)
         return float(values[0])
 
+    def overflowed(self) -> bool:
+        """See ``Outcome``; waits for it."""
+        return bool(self.reading.values()[1:].view(np.int32)[1])
+
 
 class CudaStages(Stages):
     """The stages over one model on this rank's GPU.
@@ -91,6 +97,7 @@ class CudaStages(Stages):
         growth_interval: good steps after which it is doubled.
         fused_eval: whether forward passes run look-up and interaction as one kernel.
         fused_train: whether training does.
+        captures: whether steps may be captured into graphs.
     """
 
     def __init__(
@@ -111,12 +118,15 @@ class CudaStages(Stages):
         growth_interval: int,
         fused_eval: bool,
         fused_train: bool,
+        captures: bool = True,
     ) -> None:
         super().__init__(
             model=model, embedding=embedding, comm=comm, device=device, optimizer=optimizer, dense_lr=dense.lr,
             table_lr=tables.lr, rates=rates,
         )  # fmt: skip
-        self._tables_of_rank = embedding
+        self._tables_of_rank, self._captures = embedding, captures
+        self._exchanged = embedding if isinstance(embedding, ExchangedEmbedding) else None
+        self._overflows = 0
         self._dense, self._tables, self._seed = dense, tables, seed
         self._layout, self.fused, self._fused_train = layout, fused_eval, fused_train
         self.dynamic, self._growth = dynamic, growth_interval
@@ -124,10 +134,11 @@ class CudaStages(Stages):
         self.guard = xp.asarray(write_guard(np.empty(SIZE, np.float32), loss_scale))
         self._table_rows = xp.asarray([] if layout is None else layout.table_rows, np.int32)
 
-    def flight(self, capacity: int, *, training: bool) -> Flight:
+    def flight(self, batch_rows: int, *, training: bool) -> Flight:
         """See ``Stages.flight``."""
-        flight = super().flight(capacity, training=training)
-        device = self.device
+        flight = super().flight(batch_rows, training=training)
+        flight.capturable = self._captures
+        device, capacity = self.device, len(flight.labels)
         staging = Staging(
             scalars=device.zeros(SIZE, np.float32),
             outcome=device.zeros(2, np.float64),
@@ -135,26 +146,50 @@ class CudaStages(Stages):
             fused=self._fused_train if training else self.fused,
         )
         if self._layout is not None:
-            batch = capacity * self.comm.size
-            staging.records = device.empty((batch, self._layout.words), np.uint32)
-            staging.numbers = device.empty((batch, 2), np.uint32)
+            staging.records = device.empty((batch_rows, self._layout.words), np.uint32)
+            staging.numbers = device.empty((batch_rows, 2), np.uint32)
         flight.staging = staging
         return flight
 
     def counts(self) -> dict[str, int]:
-        """With dynamic loss scaling the steps whose gradients were not finite, so far; waits for them."""
-        if not self.dynamic:
-            return {}
-        return {"skipped_steps": int(self.device.to_host(self.guard).view(np.int32)[SKIPPED_STEPS])}
+        """Steps whose gradients were not finite, with dynamic loss scaling, and batches whose exchange ran over."""
+        counts = {} if self._exchanged is None else {"overflows": self._overflows}
+        if self.dynamic:
+            counts["skipped_steps"] = int(self.device.to_host(self.guard).view(np.int32)[SKIPPED_STEPS])
+        return counts
+
+    def overflow(self, flight: Flight) -> Any:
+        """See ``Stages.overflow``."""
+        return None if self._exchanged is None else flight.embedding.lists.flag
+
+    def run_exact(self, batch: Any, flight: Flight, last: S) -> None:
+        """See ``Stages.run_exact``: with lists of the length that this batch needs; the host waits."""
+        exchanged = self._exchanged
+        assert exchanged is not None
+        self._overflows += 1
+        exchanged.clear_overflow(self.guard)
+        flight.accept(batch)
+        self.upload(flight)
+        self.input_dist(flight)
+        usual = flight.embedding
+        exchanged.make_room(usual)
+        flight.embedding = exchanged.exact(usual, flight.rows, flight.global_rows)
+        stages = list(S)
+        for stage in stages[stages.index(S.lookup) : stages.index(last) + 1]:
+            self.run(stage, flight)
+        # What the step had is given back to be used again, on whatever stream.
+        self.device.record().synchronize()
+        flight.embedding = usual
 
     def state(self) -> dict[str, list[float]]:
-        """The guard, its integers as bits of floats."""
-        return {"guard": self.device.to_host(self.guard).view(np.int32).tolist()}
+        """The guard, its floats as bits of integers, and how often an exchange ran over."""
+        return {"guard": self.device.to_host(self.guard).view(np.int32).tolist(), "overflows": [self._overflows]}
 
     def restore(self, state: dict[str, list[float]]) -> None:
         """See ``Stages.restore``; of another kind of loss scaling only the counts are kept."""
         if "guard" not in state:
             return
+        self._overflows = int(state.get("overflows", [0])[0])
         guard = np.array(state["guard"], np.int32).view(np.float32)
         if not self.dynamic:
             guard[:2] = self.device.to_host(self.guard)[:2]
@@ -259,6 +294,9 @@ class CudaStages(Stages):
             work.logits[:rows], flight.labels[:rows], work.grad_logits[:rows], staging.outcome[:1], staging.scalars,
             self.guard, staging.partials,
         )  # fmt: skip
+        if self._exchanged is not None:
+            self._exchanged.raise_overflow(flight.embedding, self.guard)
+            staging.outcome[1:].view(np.int32)[1:] = flight.embedding.lists.flag
 
     def reduce_dense(self, flight: Flight) -> None:
         """Sum the dense gradients over ranks; with dynamic loss scaling, see whether all gradients are finite."""

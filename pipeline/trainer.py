@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dlrm.config import RunConfig, to_values
 from dlrm.errors import CommError, CrosslaneError
 from embedding.comm import Comm
 from embedding.heartbeat import Heartbeat
-from pipeline import stop
 from pipeline.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
 from pipeline.checkpoint_async import Saved
 from pipeline.config_agreement import agree_config
-from pipeline.course import HIGHER_IS_BETTER, Course, Reason, TrainResult, is_better
+from pipeline.course import HIGHER_IS_BETTER, Course, Reason, TrainResult, is_better, planned_samples, planned_steps
 from pipeline.engine import Engine, build_engine
 from pipeline.evaluator import BackgroundEvaluations, Evaluation, final_split
-from pipeline.feed import training_batches
+from pipeline.feed import TrainingFeed
 from pipeline.flight import Flight
-from pipeline.loader import steps_per_epoch
+from pipeline.outcomes import Outcomes, RanOverError
 from pipeline.plan_report import plan_summary
 from pipeline.progress import ProgressWriter
 from pipeline.resumption import check_resumable, rule_changed
 from pipeline.run_trace import RunTrace
 from pipeline.saving import RunSaver
 from pipeline.schedule import execute, ring_size
-from pipeline.stages import Outcome
+from pipeline.stages import S
 from pipeline.summary import report_of, write_report
 
 
@@ -55,34 +50,18 @@ class Trainer:
         self._latest = None if latest is None else open_checkpoint(latest, comm=comm)
         self.engine: Engine = build_engine(config, comm=comm, threads=threads, saved=self._latest)
         self.split = self.engine.dataset.split("train")
-        self.steps = self._planned_steps()
+        self.steps = planned_steps(config, self.split.rows)
         self.course = Course()
         self._trace = RunTrace(config.trace, device=self.engine.device, comm=comm, directory=self.directory)
-        self._control = np.zeros(3)
-        self._issued: deque[tuple[int, Outcome]] = deque()
-        self._loss = 0.0
         # Of every place of the ring the first batch runs as it is, the second one while it is captured.
         captured = 2 * ring_size(self.engine.train_schedule.rows)
         self._cold_steps = captured if self.engine.device.steps_behind else 1
         self._evaluations = BackgroundEvaluations(self.engine, self._note_evaluation)
+        self._outcomes = Outcomes(comm, self._evaluations.done, config.optimizer.lr)
+        self._ring: list[Flight] = []
         self._decides = config.train.target or config.train.early_stop
         if self._decides:
             self.engine.dataset.split(config.eval.split)  # refuses a missing split before the first step
-
-    def _planned_steps(self) -> int:
-        train, data = self.config.train, self.config.data
-        limits = []
-        if train.epochs is not None:
-            limits.append(train.epochs * steps_per_epoch(self.split.rows, data.batch_size, data.drop_last))
-        if train.max_steps is not None:
-            limits.append(train.max_steps)
-        return min(limits)
-
-    def _planned_samples(self) -> int:
-        data, rows = self.config.data, self.split.rows
-        per_epoch = steps_per_epoch(rows, data.batch_size, data.drop_last)
-        epochs, rest = divmod(self.steps, max(per_epoch, 1))
-        return epochs * min(rows, per_epoch * data.batch_size) + rest * data.batch_size
 
     def run(self) -> TrainResult:
         """Train to the end, or to a stop, then evaluate and report.
@@ -99,10 +78,18 @@ class Trainer:
             self._write_start()
             with Heartbeat(self.comm, self.engine.topology, on_lost=self._note_lost), self._make_saver() as self._saver:
                 reason = self.course.ended or self._steps()
-                return self._finish(reason)
+                result = self._finish(reason)
+            self._close()
+            return result
         finally:
             self._evaluations.close()
             self._progress.close()
+
+    def _close(self) -> None:
+        """What a run that did not fail leaves to others: no graphs, no communicators of GPUs."""
+        for flight in (*self._ring, *self._evaluations.flights()):
+            flight.recording.graph = None
+        self.engine.close()
 
     def _note_lost(self, sentence: str) -> None:
         self._progress.write(
@@ -145,6 +132,7 @@ class Trainer:
             "start",
             run=self.config.name,
             ranks=self.comm.size,
+            carrier=self.engine.carrier_name,
             threads=self.engine.threads,
             precision=self.config.precision,
             device=self.engine.device.name,
@@ -152,29 +140,73 @@ class Trainer:
             overlap={"train": self.engine.train_schedule.to_values(), "eval": self.engine.eval_schedule.to_values()},
             step=self.course.step,
             steps=self.steps,
-            samples=self._planned_samples(),
+            samples=planned_samples(self.config, self.split.rows, self.steps),
         )
 
     def _steps(self) -> Reason:
         config, engine = self.config, self.engine
-        capacity = -(-config.data.batch_size // self.comm.size)
-        ring = [engine.stages.flight(capacity, training=True) for _ in range(ring_size(engine.train_schedule.rows))]
+        self._make_ring()
         if self._evaluation_due() and (reason := self._judge(self._evaluate(config.eval.split))):
             return reason  # a stop came between this step and its evaluation
+        self._feed = TrainingFeed(engine, self.split)
+        self._reset_window()
+        while True:
+            try:
+                return self._steps_on()
+            except RanOverError as error:
+                over = error.with_traceback(None)
+            if reason := self._run_again(over):
+                return reason
+            self._make_ring()
+
+    def _make_ring(self) -> None:
+        """Allocate all batches in flight; graphs are captured anew."""
+        self._ring.clear()
+        for _ in range(ring_size(self.engine.train_schedule.rows)):
+            self._ring.append(self.engine.stages.flight(self.config.data.batch_size, training=True))
+
+    def _steps_on(self) -> Reason:
+        """Steps from the course's place on.
+
+        Raises:
+            RanOverError: a step has to be done again.
+        """
+        engine = self.engine
         self._trace.start_training(self.course.step)
-        with training_batches(engine, self.split, start_step=self.course.step, stop_step=self.steps) as batches:
-            self._reset_window()
-            for flight in execute(
-                engine.train_schedule.rows,
-                stages=engine.stages,
-                ring=ring,
-                batches=batches,
-                device=engine.device,
-                clock=self._trace.clock,
-            ):
+        with (
+            self._feed.batches(self.course.step, self.steps) as batches,
+            closing(
+                execute(
+                    engine.train_schedule.rows,
+                    stages=engine.stages,
+                    ring=self._ring,
+                    batches=batches,
+                    device=engine.device,
+                    clock=self._trace.clock,
+                )
+            ) as flights,
+        ):
+            for flight in flights:
                 if reason := self._after_step(flight):
                     return reason
         return "finished"
+
+    def _run_again(self, over: RanOverError) -> Reason | None:
+        """Do the step whose exchange ran over, with lists that are long enough; those behind it follow as usual."""
+        engine, flight = self.engine, self._ring[0]
+        self.course.step = over.step - 1
+        self.course.samples -= over.rows
+        self._window_steps -= over.steps
+        self._window_samples -= over.rows
+        if self._cold_samples:
+            self._reset_window()
+        with (
+            self._feed.batches(over.step - 1, over.step) as batches,
+            engine.device.streams(("main",)) as streams,
+        ):
+            engine.stages.run_exact(next(batches), flight, S.dense_update)
+            streams.join([engine.device.record()])
+            return self._after_step(flight)
 
     def _after_step(self, flight: Flight) -> Reason | None:
         course, train = self.course, self.config.train
@@ -183,19 +215,19 @@ class Trainer:
         course.samples += flight.global_rows
         self._window_steps += 1
         self._window_samples += flight.global_rows
-        self._issued.append((step, self.engine.stages.outcome(flight)))
-        stopping, scored = self._look(self.engine.device.steps_behind)
+        self._outcomes.add(step, flight.global_rows, self.engine.stages.outcome(flight))
+        stopping, scored = self._outcomes.look(self.engine.device.steps_behind)
         if scored:
             self._evaluations.end()
         self._warm_up(flight)
         last = step == self.steps
         if step % train.progress_every == 0 or last or stopping:
-            self._look(0)
-            self._write_step(flight, self._loss)
+            self._outcomes.look(0)
+            self._write_step(flight, self._outcomes.loss)
         if stopping:
             return "stopped"
         if self._evaluation_due():
-            self._look(0)
+            self._outcomes.look(0)
             with self._pause():
                 if self._decides is None:  # nothing waits for the metrics: they come behind the next steps
                     course.evaluated_step = step
@@ -203,37 +235,17 @@ class Trainer:
                 elif reason := self._judge(self._evaluate(self.config.eval.split)):
                     return reason
         if train.checkpoint_every and step % train.checkpoint_every == 0 and not last:
-            self._look(0)
+            self._outcomes.look(0)
             with self._pause():
                 self._save()
         return None
-
-    def _look(self, behind: int) -> tuple[bool, bool]:
-        """Look at the losses of all steps but the last ``behind``; (whether to stop, whether all have scored).
-
-        Raises:
-            CrosslaneError: a loss is not a number.
-        """
-        stopping = scored = False
-        if len(self._issued) <= behind:
-            _, stopping, scored = self._agree(0.0)
-        while len(self._issued) > behind:
-            step, outcome = self._issued.popleft()
-            self._loss, stop_now, scored_now = self._agree(outcome.loss())
-            stopping, scored = stopping or stop_now, scored or scored_now
-            if not math.isfinite(self._loss):
-                raise CrosslaneError(
-                    f"loss is {self._loss} at step {step}; lower optimizer.lr (now {self.config.optimizer.lr}) or "
-                    f"lengthen learning_rate.warmup_steps; the last checkpoint is kept"
-                )
-        return stopping, scored
 
     def _warm_up(self, flight: Flight) -> None:
         """Leave a process's first steps out of the rate: kernels are compiled, and on a GPU measured and captured."""
         if self._cold_steps:
             self._cold_steps -= 1
             if not self._cold_steps:
-                self._look(0)
+                self._outcomes.look(0)
             self._cold_seconds = time.perf_counter() - self._window_start
             self._cold_samples += flight.global_rows
 
@@ -242,12 +254,6 @@ class Trainer:
         if not every or not step or step % every or step == self.course.evaluated_step:
             return False
         return step != self.steps or self._decides is not None  # else the closing evaluation follows at once
-
-    def _agree(self, loss: float) -> tuple[float, bool, bool]:
-        """Sum of the losses, whether any rank was asked to stop, whether all have scored: one all-reduce a step."""
-        self._control[:] = loss, stop.requested(), self._evaluations.done()
-        self.comm.all_reduce(self._control).wait()
-        return float(self._control[0]), bool(self._control[1]), self._control[2] == self.comm.size
 
     def _reset_window(self) -> None:
         self._window_start = time.perf_counter()

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+# Modules beside the tests can be imported: they are programs of ranks, too.
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "ranks")]
+
 CUDA_MODULES = (
     "dlrm.interaction_cuda",
     "dlrm.logit_cuda",

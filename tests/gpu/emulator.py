@@ -7,6 +7,7 @@ import hashlib
 import re
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ class EmulatedKernel:
     multiprocessors = 3
     shared_limit = 64 * 1024
 
-    def __init__(self, function: Any) -> None:
-        self._function = function
+    def __init__(self, function: Any, lock: threading.Lock) -> None:
+        self._function, self._lock = function, lock
 
     def __call__(self, blocks: int, threads: int, *arguments: Any, shared_bytes: int = 0) -> None:
         if blocks == 0:
@@ -61,9 +62,9 @@ class EmulatedKernel:
             for argument in arguments
         ]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        stuck = self._function(
-            ctypes.c_uint(blocks), ctypes.c_uint(threads), ctypes.c_size_t(shared_bytes), ctypes.byref(pointers)
-        )
+        sizes = ctypes.c_uint(blocks), ctypes.c_uint(threads), ctypes.c_size_t(shared_bytes)
+        with self._lock:  # a library has one emulated GPU
+            stuck = self._function(*sizes, ctypes.byref(pointers))
         assert not stuck, "threads of the emulated kernel wait for each other for ever"
 
 
@@ -76,15 +77,18 @@ class Emulator:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._libraries: dict[tuple[Path, Defines], Any] = {}
+        self._libraries: dict[tuple[Path, Defines], tuple[Any, threading.Lock]] = {}
+        self._lock = threading.Lock()
 
     def load(self, source: Path, name: str, defines: Defines = ()) -> EmulatedKernel:
         """Kernel ``name`` of a source, which is compiled once with all its kernels."""
         macros = (("CROSSLANE_ARCH", branch_arch("90a")), *defines)
         key = (source, macros)
-        if key not in self._libraries:
-            self._libraries[key] = self._compile(source, macros)
-        return EmulatedKernel(getattr(self._libraries[key], f"emulate_{name}"))
+        with self._lock:
+            if key not in self._libraries:
+                self._libraries[key] = self._compile(source, macros), threading.Lock()
+            library, lock = self._libraries[key]
+        return EmulatedKernel(getattr(library, f"emulate_{name}"), lock)
 
     def _compile(self, source: Path, defines: Defines) -> Any:
         text = source.read_text(encoding="utf-8")

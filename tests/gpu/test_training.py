@@ -5,91 +5,20 @@ Emulated, products are NumPy's, and nothing is captured.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from run_cases import SMALL, STEPS, emulate, losses, records, run, values
 
-from dlrm.config import parse_run_config
-from dlrm.device import HostDevice
 from dlrm.errors import CrosslaneError
-from embedding.comm import SingleComm
-from pipeline.trainer import Trainer, TrainResult
-
-SMALL = "synthetic:criteo-terabyte?rows=60000&scale=20000"
-STEPS = 50
-NOT_EMULATED = ("dlrm.gemm", "pipeline.generator")
-
-
-class EmulatedDevice(HostDevice):
-    """A GPU whose kernels run emulated: it pads, and results are looked at late."""
-
-    column_multiple = 8
-    fuses_relu = True
-    steps_behind = 2
-
-    def __init__(self) -> None:
-        super().__init__(1, compiled=False)
-
-    def kernel(self, module: str, name: str) -> Any:
-        """The launch of that name."""
-        if (module, name) == ("dlrm.gemm", "linear_weight_backward"):
-            return weight_and_bias_backward
-        beside = f"{module}_cuda"
-        if module in NOT_EMULATED or importlib.util.find_spec(beside) is None:
-            return None
-        return getattr(importlib.import_module(beside), name, None)
-
-
-def weight_and_bias_backward(grad: np.ndarray, x: np.ndarray, grad_weight: np.ndarray, grad_bias: np.ndarray) -> None:
-    """Sums over the rows come with the weights' gradients, as from cublasLt."""
-    outputs, inputs = grad_weight.shape
-    np.matmul(grad[:, :outputs].T, x[:, :inputs], out=grad_weight)
-    grad[:, :outputs].sum(0, dtype=grad_bias.dtype, out=grad_bias)
 
 
 @pytest.fixture
 def on_gpu(machine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    if machine.emulated:
-        host = importlib.import_module("pipeline.devices").make_device
-
-        def make(config: Any, *rest: Any) -> Any:
-            return EmulatedDevice() if config.device == "cuda" else host(config, *rest)
-
-        monkeypatch.setattr("pipeline.engine.make_device", make)
+    emulate(machine, monkeypatch)
     return machine
-
-
-def values(directory: Path, device: str, machine: Any, **changes: Any) -> dict[str, Any]:
-    batch = 64 if machine.emulated else 512
-    return {
-        "data": {"path": SMALL, "batch_size": batch, "shuffle": True, **changes.pop("data", {})},
-        "device": device,
-        "model": {"embedding_dim": 16, "bottom_mlp": (27, 16), "top_mlp": (41, 9, 1)},
-        "optimizer": {"kind": "sgd", "lr": 0.5},
-        "train": {"max_steps": STEPS, "epochs": None, "progress_every": 1, **changes.pop("train", {})},
-        "eval": {"batch_size": 400, "final_split": None},
-        "run": {"directory": str(directory)},
-        "seed": 5,
-        **changes,
-    }
-
-
-def run(values: dict[str, Any]) -> TrainResult:
-    return Trainer(parse_run_config(values), comm=SingleComm(), threads=1).run()
-
-
-def records(directory: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (directory / "progress.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["type"] == kind]
-
-
-def losses(directory: Path) -> np.ndarray:
-    return np.array([record["loss"] for record in records(directory, "step")])
 
 
 CASES: dict[str, dict[str, Any]] = {

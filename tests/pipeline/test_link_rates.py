@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from dlrm.config import RunConfig, parse_run_config
-from dlrm.device import HostDevice
 from embedding.links import DEFAULT, LinkRates
 from embedding.topology import discover
 from pipeline import plan_agreement
@@ -45,10 +44,14 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return called
 
 
-def rates(config: RunConfig, ranks: int, nodes: int = 1) -> LinkRates:
-    found = run_ranks(
-        ranks, lambda comm: plan_agreement._link_rates(config, comm, discover(comm, nodes), HostDevice(1))
-    )
+def rates(config: RunConfig, ranks: int, nodes: int = 1, carrier: str | None = None) -> LinkRates:
+    def work(comm: Any) -> LinkRates:
+        topology = discover(comm, nodes)
+        return plan_agreement.link_rates(
+            config, comm, topology, lambda: plan_agreement.probe(comm, topology), DEFAULT, carrier
+        )
+
+    found = run_ranks(ranks, work)
     assert all(own == found[0] for own in found)
     first: LinkRates = found[0]
     return first
@@ -65,6 +68,13 @@ def test_a_run_measures_once_for_one_shape(tmp_path: Path, probes: list[int]) ->
     assert probes == [2, 2, 3, 3, 3]
     assert rates(config, 3, nodes=3) != other
     assert len(probes) == 8
+
+
+def test_rates_between_gpus_are_not_those_between_cpus(tmp_path: Path, probes: list[int]) -> None:
+    config = config_of(tmp_path / "run")
+    for carrier in (None, "nccl", "nccl", "staged", None):
+        rates(config, 2, carrier=carrier)
+    assert len(probes) == 2 * 4
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"ranks": 2, "nodes": 1}'])

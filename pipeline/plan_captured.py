@@ -1,0 +1,164 @@
+"""One plan for all GPUs of a run, and what its lists have to have room for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlrm.config import RunConfig
+from dlrm.device import Device
+from dlrm.errors import ConfigError
+from embedding.captured_placement import SIGMAS, check_placements, node_rows, owner_shares
+from embedding.comm import Comm
+from embedding.device_links import probe_device
+from embedding.links import PUBLISHED
+from embedding.placement import Plan
+from embedding.plan import plan_from_values
+from embedding.plan_trial import plans_on_first_rank
+from embedding.topology import Topology
+from pipeline.checkpoint import Checkpoint
+from pipeline.dataset import Dataset
+from pipeline.frequency_orders import FrequencyOrders, may_list
+from pipeline.loader import Loader
+from pipeline.plan_agreement import leaves_places, link_rates
+from pipeline.planning import calibrate, memory_limit_bytes, plan_several, plan_tables, table_specs
+
+_MEMORY_FOR_TABLES = 0.8
+"""Of what a GPU has free: batches in flight need some."""
+_MOST_BATCHES = 64
+_SUPPOSED = PUBLISHED["h100"]
+"""Rates where nothing may be measured."""
+
+
+def agree_captured_plan(
+    config: RunConfig,
+    dataset: Dataset,
+    *,
+    comm: Comm,
+    topology: Topology,
+    device: Device,
+    carrier: Comm | None,
+    carrier_name: str,
+    sharing: int,
+    local_ranks: int,
+    saved: Checkpoint | None = None,
+) -> Plan:
+    """The plan of a run on GPUs (collective); as ``agree_plan``, but nothing is tried.
+
+    Args:
+        config: of the run.
+        dataset: of the run.
+        comm: all ranks, for numbers of the host.
+        topology: their nodes.
+        device: this rank's GPU.
+        carrier: all ranks, for arrays of the device; ``None``: there is one rank.
+        carrier_name: what kind it is of.
+        sharing: ranks on this rank's GPU.
+        local_ranks: ranks on this machine.
+        saved: the checkpoint to go on from.
+
+    Raises:
+        ConfigError: something forced cannot be, or no plan fits the memory.
+    """
+    specs = tuple(table_specs(config, dataset.tables))
+    if carrier is None:
+        return plan_tables(config, dataset.tables, ranks=1)
+    if config.embedding.deduplicate is True:
+        raise ConfigError(
+            "embedding.deduplicate: true runs on CPUs alone, as GPUs send every occurrence of a row; set it to auto"
+        )
+    if saved is not None and "plan" in saved.meta:
+        plan = plan_from_values(saved.meta["plan"])
+        if (plan.ranks, plan.nodes, plan.specs) == (comm.size, topology.num_nodes, specs) and _is_captured(plan):
+            return plan
+    limit = np.array([_memory_limit(config, device, sharing, local_ranks)], np.int64)
+    comm.all_reduce(limit, "min").wait()
+    weighed = leaves_places(config, dataset) or (topology.num_nodes > 1 and config.embedding.all_to_all == "auto")
+    links = _SUPPOSED
+    if weighed:
+        links = link_rates(
+            config, comm, topology, lambda: probe_device(carrier, comm, topology, device), _SUPPOSED, carrier_name
+        )
+
+    def make() -> list[Plan]:
+        known = calibrate(config, dataset) if weighed or may_list(config, dataset) else None
+        plans = plan_several(
+            config,
+            dataset.tables,
+            ranks=comm.size,
+            nodes=topology.num_nodes,
+            calibration=known,
+            links=links,
+            memory_limit=int(limit[0]),
+            captured=True,
+        )
+        plan = FrequencyOrders().mark(plans[:1], dataset.tables, known)[0]
+        check_placements(plan.specs, plan.placements)
+        return [plan]
+
+    return plans_on_first_rank(comm, make)[0]
+
+
+def _is_captured(plan: Plan) -> bool:
+    try:
+        check_placements(plan.specs, plan.placements)
+    except ConfigError:
+        return False
+    return True
+
+
+def _memory_limit(config: RunConfig, device: Device, sharing: int, local_ranks: int) -> int:
+    free = device.free_memory()
+    if free is None or config.embedding.memory_limit_mib is not None:
+        return memory_limit_bytes(config, local_ranks)
+    return int(free * _MEMORY_FOR_TABLES) // sharing
+
+
+@dataclass(frozen=True, slots=True)
+class ListRoom:
+    """What decides how long lists are, the same on every rank.
+
+    Attributes:
+        shares: [T, W], see ``owner_shares``.
+        distinct: see ``node_rows``; ``None``: no nodes to exchange by, or not known.
+        sigmas: standard deviations above what is expected.
+    """
+
+    shares: NDArray[np.float64]
+    distinct: Sequence[int] | None
+    sigmas: float = SIGMAS
+
+
+def measure_lists(config: RunConfig, dataset: Dataset, plan: Plan, topology: Topology) -> ListRoom:
+    """Look at the first rows in training order, as many as the larger of a training and an evaluation batch has."""
+    wanted = max(config.data.batch_size, config.eval.batch_size)
+    keys = _first_keys(config, dataset, -(-wanted // config.data.batch_size))
+    distinct = None
+    if plan.all_to_all == "hierarchical" and keys.shape[1] >= wanted:
+        nodes = [topology.ranks_of(node) for node in range(topology.num_nodes)]
+        distinct = node_rows(plan, keys[:, :wanted], nodes)
+    return ListRoom(owner_shares(plan, list(keys)), distinct)
+
+
+def _first_keys(config: RunConfig, dataset: Dataset, batches: int) -> NDArray[np.int64]:
+    """Keys [T, n] of the first whole batches, of one key a bag."""
+    tables = len(dataset.tables)
+    with Loader(
+        dataset.split("train"),
+        batch_size=config.data.batch_size,
+        rank=0,
+        ranks=1,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        window=config.data.shuffle_window,
+        drop_last=False,
+        prefetch=2,
+        block=config.data.shuffle_block,
+        stop_step=min(batches, _MOST_BATCHES),
+        epochs=1,
+    ) as loader:
+        parts = [batch.host.keys.keys.reshape(tables, -1).astype(np.int64) for batch in loader]
+    return np.concatenate([*parts, np.empty((tables, 0), np.int64)], axis=1)

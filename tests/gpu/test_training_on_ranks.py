@@ -1,0 +1,196 @@
+"""Whole runs over several GPUs beside the same run on one: emulated, with ranks that are threads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import rank_threads
+from run_cases import emulate, losses, records, run, values
+
+from dlrm.errors import ConfigError
+from dlrm.scalars import SKIPPED_STEPS
+from embedding.captured_exchange import ExchangedEmbedding
+from pipeline import engine_cuda
+from pipeline.flight import Flight
+from pipeline.manifest import TableInfo
+from pipeline.schedule import EVAL_OVERLAPPED, TRAIN_OVERLAPPED
+from pipeline.stages import S
+from pipeline.stages_cuda import CudaStages
+from pipeline.trainer import TrainResult
+from pipeline.writer import DatasetWriter
+
+STEPS = 6
+DATA = "synthetic:criteo-terabyte?rows=16000&scale=20000"
+"""Two batches of evaluation rows, by 400."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "adam, deterministic": {"optimizer": {"kind": "adam", "lr": 0.01}, "deterministic": True},
+    "sequential": {"overlap": {"train": False, "eval": False}},
+    "uneven": {"data": {"batch_size": 67}},
+    "increments": {"checkpoint": {"incremental": True}, "train": {"checkpoint_every": 2}},
+}
+
+
+@pytest.fixture
+def emulated(machine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if not machine.emulated:
+        pytest.skip("ranks that are threads exchange arrays of the host; test_several_gpus.py has ranks with GPUs")
+    emulate(machine, monkeypatch)
+    return machine
+
+
+def run_on(ranks: int, directory: Path, machine: Any, **changes: Any) -> TrainResult:
+    """A run whose plan has replicated, owned and spread rows, where there are several ranks."""
+    placed = {"C1": {"placement": "hybrid", "threshold": 3}, "C10": {"placement": "hybrid", "threshold": 40}}
+    placed["C20"] = {"placement": "row_wise"}
+    embedding = {"tables": placed, "placement": "table_wise", **changes.pop("embedding", {})}
+    train = {"max_steps": STEPS, "progress_every": 1, **changes.pop("train", {})}
+    data = {"path": DATA, **changes.pop("data", {})}
+    run_values = values(directory, "cuda", machine, embedding=embedding, train=train, data=data, **changes)
+    return run(run_values, lambda work: rank_threads.run_ranks(ranks, work)[0])
+
+
+def changes_of(name: str) -> dict[str, Any]:
+    return {field: dict(value) if isinstance(value, dict) else value for field, value in OPTIONS[name].items()}
+
+
+def check(directory: Path, result: TrainResult, other: Path, expected: TrainResult) -> None:
+    """Both runs had the same losses, and their models score the same."""
+    found = losses(directory)
+    assert np.isfinite(found).all()
+    assert len(found) == STEPS
+    np.testing.assert_allclose(found, losses(other), rtol=1e-4)
+    for metric in ("auc", "log_loss", "accuracy", "calibration"):
+        assert result.report[metric] == pytest.approx(expected.report[metric], rel=1e-3), metric
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [(2, "sgd"), (4, "adam, deterministic"), (2, "sequential"), (3, "uneven"), (2, "increments")],
+)  # fmt: skip
+def test_ranks_train_as_one(emulated: Any, ranks: int, name: str, tmp_path: Path) -> None:
+    one = run_on(1, tmp_path / "one", emulated, **changes_of(name))
+    several = run_on(ranks, tmp_path / "several", emulated, **changes_of(name))
+    check(tmp_path / "several", several, tmp_path / "one", one)
+    assert records(tmp_path / "several", "step")[-1]["overflows"] == 0
+    assert records(tmp_path / "several", "start")[0]["carrier"] == "staged"
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # what was not fetched is any number
+@pytest.mark.parametrize("form", ["once", "always", "sometimes"])
+def test_a_batch_whose_lists_run_over_is_run_again(
+    emulated: Any, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: lists grow after that. Always, and about every other time: they do not."""
+    one = run_on(1, tmp_path / "one", emulated)
+    measure, exact, runs = engine_cuda.measure_lists, CudaStages.run_exact, []
+
+    def shorter(*arguments: Any) -> Any:
+        return replace(measure(*arguments), sigmas=0.0 if form == "sometimes" else -10.0)
+
+    def counted(self: CudaStages, batch: Any, flight: Flight, last: S) -> None:
+        runs.append(last)
+        exact(self, batch, flight, last)
+
+    monkeypatch.setattr(engine_cuda, "measure_lists", shorter)
+    monkeypatch.setattr(CudaStages, "run_exact", counted)
+    if form != "once":
+        monkeypatch.setattr(ExchangedEmbedding, "make_room", lambda *_: None)
+    two = run_on(2, tmp_path / "two", emulated)
+    check(tmp_path / "two", two, tmp_path / "one", one)
+    overflows = [record["overflows"] for record in records(tmp_path / "two", "step")]
+    if form == "once":
+        assert overflows[-1] >= 1
+    if form == "always":
+        assert overflows == list(range(1, STEPS + 1))
+        # On both ranks, and every batch of the closing evaluation.
+        assert runs.count(S.dense_update) == 2 * STEPS
+        assert runs.count(S.top_forward) == 2 * 2
+
+
+def test_a_deterministic_run_is_the_same_in_any_order(emulated: Any, tmp_path: Path) -> None:
+    for name, overlap in (("overlapped", True), ("sequential", False)):
+        run_on(
+            2, tmp_path / name, emulated, deterministic=True, overlap={"train": overlap, "eval": overlap}
+        )  # fmt: skip
+    assert losses(tmp_path / "overlapped").tolist() == losses(tmp_path / "sequential").tolist()
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_other_ranks(emulated: Any, first: int, second: int, tmp_path: Path) -> None:
+    adam = {"optimizer": {"kind": "adam", "lr": 0.01}}
+    whole = run_on(1, tmp_path / "whole", emulated, **adam)
+    run_on(first, tmp_path / "broken", emulated, train={"max_steps": STEPS // 2}, **adam)
+    end = run_on(second, tmp_path / "broken", emulated, **adam)
+    check(tmp_path / "broken", end, tmp_path / "whole", whole)
+
+
+def test_a_gradient_of_one_rank_that_is_not_finite_skips_all_ranks_steps(
+    emulated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with dynamic loss scaling in half precision, whose products need a GPU."""
+    build, backward, seen = engine_cuda.build_stages, CudaStages.top_backward, []
+
+    def build_dynamic(*arguments: Any, **named: Any) -> CudaStages:
+        stages = build(*arguments, **named)
+        stages.dynamic = True
+        return stages
+
+    def broken(self: CudaStages, flight: Flight) -> None:
+        backward(self, flight)
+        if flight.step == 3 and self.comm.rank == self.comm.size - 1:
+            flight.workspace.grad_vectors[0, 1, 0] = np.inf
+        if flight.step == STEPS:
+            seen.append(int(self.guard.view(np.int32)[SKIPPED_STEPS]))
+
+    monkeypatch.setattr(engine_cuda, "build_stages", build_dynamic)
+    monkeypatch.setattr(CudaStages, "top_backward", broken)
+    one = run_on(1, tmp_path / "one", emulated)
+    two = run_on(2, tmp_path / "two", emulated)
+    check(tmp_path / "two", two, tmp_path / "one", one)
+    assert seen == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embedding": {"placement": "column_wise"}}, "column_wise runs on CPUs alone"),
+        ({"embedding": {"deduplicate": True}}, "deduplicate: true runs on CPUs alone"),
+    ],
+)
+def test_what_several_gpus_do_not_do_is_refused(
+    emulated: Any, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_on(2, tmp_path, emulated, **changes)
+
+
+def test_bags_on_several_gpus_are_refused(emulated: Any, tmp_path: Path) -> None:
+    tables = [TableInfo(name=f"C{number}", rows=50, hotness=2) for number in (1, 10, 20)]
+    with DatasetWriter(tmp_path / "data", name="bags", dense_names=["age"], tables=tables) as writer:
+        for split in ("train", "validation"):
+            writer.write(split, np.zeros(9, np.int32), np.zeros((9, 1), np.float32), np.zeros((9, 6), np.int64))
+        writer.finish()
+    with pytest.raises(ConfigError, match=r"'C1', of hotness 2.* one key a bag; use one GPU, or set device: cpu"):
+        run_on(2, tmp_path / "run", emulated, data={"path": str(tmp_path / "data"), "batch_size": 4})
+
+
+def test_a_batch_that_fills_some_ranks_shares_alone_is_not_whole() -> None:
+    """The first of two ranks has 4 rows of 7 as of 8; the other has not, and both replay or neither does."""
+    flight = Flight(labels=np.zeros(4), dense=None, workspace=None, embedding=None, batch_rows=8)  # type: ignore[arg-type]
+    for rows in (7, 8):
+        host = SimpleNamespace(num_rows=4)
+        flight.accept(SimpleNamespace(step=1, epoch=0, host=host, global_rows=rows))  # type: ignore[arg-type]
+        assert flight.whole is (rows == 8)
+
+
+@pytest.mark.parametrize("rows", [TRAIN_OVERLAPPED, EVAL_OVERLAPPED])
+def test_one_stream_has_all_exchanges(rows: Any) -> None:
+    """So that one communicator serves them."""
+    exchanges = {S.input_dist, S.output_dist, S.grad_dist, S.reduce_dense}
+    assert len({row.stream for row in rows if row.stage in exchanges}) == 1
