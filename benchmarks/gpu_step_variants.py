@@ -172,7 +172,8 @@ def kernels(steps: Steps, count: int) -> list[tuple[str, float, float]]:
 def compare(engine: Engine, origin: Origin, batch: int, names: Sequence[str], options: argparse.Namespace) -> None:
     """All forms at one batch size; the first once more at the end, which shows the spread."""
     print(f"\nbatch {batch}", flush=True)
-    gemm_cuda._choices.clear()  # noqa: SLF001  made for another size
+    choices = gemm_cuda._choices  # noqa: SLF001
+    choices.clear()  # made for another size
     count = max(40, round(options.window_rows / batch))
     for name in (*names, names[0]):
         with VARIANTS[name](engine):
@@ -180,6 +181,10 @@ def compare(engine: Engine, origin: Origin, batch: int, names: Sequence[str], op
             steps.warm_up()
             seconds = sorted(steps.run(count) for _ in range(3))[1]
             print(f"  {name:28}{1e6 * seconds:9.1f} us a step{batch / seconds / 1e6:9.2f} M/s", flush=True)
+            if name == names[0]:
+                for choice in choices.values():
+                    forms = ", ".join(f"{form} {1000 * ms:.1f}" for form, ms in choice.data_ms.items())
+                    print(f"      {choice.data}, bias apart: {choice.apart} ({forms})")
             if options.profile:
                 listed = kernels(steps, 20)
                 print(f"      {sum(us for _, _, us in listed):9.1f} us in {sum(n for _, n, _ in listed):.1f} kernels")

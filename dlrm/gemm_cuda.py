@@ -1,10 +1,11 @@
 """The operations of ``gemm.py`` on a GPU: products by cublasLt with fused epilogues, small passes by own kernels.
 
-Of a ReLU layer's backward pass several forms are timed at its first two uses, and the fastest pair stays:
+Of a layer's backward pass several forms are timed at its first two uses, and the fastest pair stays:
 
 - data: the product with the mask in its epilogue (``DRELU``), with mask and bias sum (``DRELU_BGRAD``), or plain
-  with a pass of its own behind it (the mask alone, or mask and bias sum);
-- weights: the plain product, or with the bias sum in its epilogue (``BGRADB``) where the data product left it out.
+  with a pass of ``relu_cuda`` behind it (the mask alone, or mask and bias sum);
+- weights: the plain product, or where the data product left the bias sum out with it in the epilogue (``BGRADB``), or
+  the plain one and the sum apart.
 
 Shapes as in ``gemm.py``; bias gradients are float32 beside half-precision activations.
 """
@@ -12,7 +13,8 @@ Shapes as in ``gemm.py``; bias gradients are float32 beside half-precision activ
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 
 import cupy
@@ -22,10 +24,10 @@ from dlrm.cublaslt import Plan, Product, milliseconds, plan
 from dlrm.device import Array
 from dlrm.errors import DeviceError
 from dlrm.nvrtc import c_type, load
+from dlrm.relu_cuda import BLOCKS, relu_and_sum
 
 _SOURCE = Path(__file__).with_name("gemm.cu")
 _THREADS = 256
-_ROWS_PER_BLOCK = 64
 
 
 @dataclass(slots=True)
@@ -36,12 +38,14 @@ class _Choice:
         data_ms: time of each form of the data product, by its name.
         data: the form in use.
         bias_done: whether the data product also sums the bias gradient.
+        apart: whether the sum is a pass of its own where the weight product could take it.
         settled: whether the weight product has been timed too.
     """
 
     data_ms: dict[str, float] = field(default_factory=dict)
     data: str = "DRELU"
     bias_done: bool = False
+    apart: bool = False
     settled: bool = False
 
 
@@ -74,13 +78,13 @@ def linear_data_backward(
     mask: Array | None,
     grad_below: Array,
     grad_bias: Array,
-    partials: Array | None,
+    partials: Array | None,  # noqa: ARG001  this module has its own
 ) -> None:
     """See ``gemm.linear_data_backward``."""
     if not len(grad):
         grad_bias.fill(0)
         return
-    forms = _data_forms(grad, weight, below, mask, grad_below, grad_bias, partials)
+    forms = _data_forms(grad, weight, below, mask, grad_below, grad_bias)
     choice = _choices.get(grad_bias.data.ptr)
     if choice is None:
         choice = _Choice()
@@ -88,9 +92,10 @@ def linear_data_backward(
             choice.data_ms = {name: milliseconds(form) for name, form in forms.items()}
             choice.data = min(_WITHOUT_BIAS & set(forms), key=choice.data_ms.__getitem__)
             _choices[grad_bias.data.ptr] = choice
-    if choice.data not in forms:  # a batch of another size, for which cublasLt has no such epilogue
-        choice = _Choice(data="mask", bias_done=False, settled=True)
-    forms[choice.data]()
+    form = choice.data
+    if form not in forms:  # a batch of another size, for which cublasLt has no such epilogue
+        form = "mask_and_sum" if choice.bias_done else "mask"
+    forms[form]()
 
 
 def relu_input_backward(grad: Array, weight: Array, grad_x: Array) -> None:
@@ -111,18 +116,21 @@ def linear_weight_backward(grad: Array, x: Array, grad_weight: Array, grad_bias:
         grad_weight.fill(0)
         grad_bias.fill(0)
         return
-    choice = _choices.get(grad_bias.data.ptr)
-    if choice is not None and not choice.settled and not _capturing():
-        with_bias = _weight_form(grad, x, grad_weight, grad_bias, sums_bias=True)
-        without = _weight_form(grad, x, grad_weight, grad_bias, sums_bias=False)
-        extra = milliseconds(with_bias) - milliseconds(without)
+    choice = _choices.setdefault(grad_bias.data.ptr, _Choice())
+    forms = _weight_forms(grad, x, grad_weight, grad_bias)
+    if not choice.settled and not _capturing():
+        weight_ms = {name: milliseconds(form) for name, form in forms.items()}
+        with_bias = min(forms.keys() - {"plain"}, key=weight_ms.__getitem__)
+        choice.apart, choice.settled = with_bias == "apart", True
+        extra = weight_ms[with_bias] - weight_ms["plain"]
         times = {name: ms + (0 if name in _WITH_BIAS else extra) for name, ms in choice.data_ms.items()}
-        best = min(times, key=times.__getitem__)
-        choice.settled = True
-        with_bias()  # this step's data product left the sum out
-        choice.data, choice.bias_done = best, best in _WITH_BIAS
+        forms[with_bias]()  # this step's data product left the sum out
+        if times:
+            choice.data = min(times, key=times.__getitem__)
+            choice.bias_done = choice.data in _WITH_BIAS
         return
-    _weight_form(grad, x, grad_weight, grad_bias, sums_bias=choice is None or not choice.bias_done)()
+    fused = "BGRADB" in forms and not choice.apart
+    forms["plain" if choice.bias_done else "BGRADB" if fused else "apart"]()
 
 
 _WITHOUT_BIAS = {"DRELU", "mask"}
@@ -136,11 +144,13 @@ def _data_forms(
     mask: Array | None,
     grad_below: Array,
     grad_bias: Array,
-    partials: Array | None,
 ) -> dict[str, Callable[[], None]]:
     """What can be done here, by name."""
     forms: dict[str, Callable[[], None]] = {}
+    activation, bits = below, None
     if mask is not None and mask.data.ptr in _masked:
+        if _are_bits(mask, below, len(grad_bias)):
+            activation, bits = None, mask
         # Sums of bfloat16 (uint16) would have its 8 bits.
         for epilogue in ("DRELU",) if grad_below.dtype == np.uint16 else ("DRELU", "DRELU_BGRAD"):
             product = _data(grad, weight, grad_below, epilogue, mask.shape[1] * 8)
@@ -161,52 +171,63 @@ def _data_forms(
 
     def masked() -> None:
         relu_input_backward(grad, weight, grad_below)
-        relu_mask(grad_below, below, len(grad_bias))
+        relu_and_sum(grad_below, activation, bits, None, None, len(grad_bias))
 
     def masked_and_summed() -> None:
         relu_input_backward(grad, weight, grad_below)
-        sum_masked(grad_below, below, grad_bias, partials)
+        relu_and_sum(grad_below, activation, bits, grad_bias, _partials(len(grad_bias)), len(grad_bias))
 
-    forms["mask"] = masked
-    if partials is not None:
-        forms["mask_and_sum"] = masked_and_summed
+    forms["mask"], forms["mask_and_sum"] = masked, masked_and_summed
     return forms
 
 
-def _weight_form(grad: Array, x: Array, grad_weight: Array, grad_bias: Array, *, sums_bias: bool) -> Callable[[], None]:
+_bits_seen: bool | None = None
+
+
+def _are_bits(mask: Array, activation: Array, columns: int) -> bool:
+    """Whether cublasLt's masks are what ``relu_and_sum`` takes for bits; looked at once, they are alike everywhere."""
+    global _bits_seen
+    if _bits_seen is None and not _capturing():
+        rows, column = slice(0, 64), cupy.arange(columns)
+        found = mask[rows, column // 8] >> (column % 8).astype(np.uint8) & 1
+        numbers = activation[rows, :columns]
+        _bits_seen = bool((found.astype(np.bool_) == (numbers > 0)).all())
+    return bool(_bits_seen)
+
+
+def _weight_forms(grad: Array, x: Array, grad_weight: Array, grad_bias: Array) -> dict[str, Callable[[], None]]:
+    """What can be done here, by name: without the bias sum, with it inside the product, with it behind the product."""
     outputs, inputs = grad_weight.shape
     product = Product(
         m=inputs, n=outputs, k=len(grad), transposed_a=False, transposed_b=True, lda=_ld(x), ldb=_ld(grad),
         ldd=_ld(grad_weight), dtype=x.dtype.name, out_dtype=grad_weight.dtype.name,
-        epilogue="BGRADB" if sums_bias else "DEFAULT",
     )  # fmt: skip
-    bias = grad_bias if sums_bias else None
 
-    def issue(chosen: Plan) -> None:
+    def issue(chosen: Plan, bias: Array | None = None) -> None:
         chosen.run(x, grad, grad_weight, bias=bias)
 
-    found = plan(product, _timer(issue))
-    if found is not None:
-        return lambda: issue(found)
-    plain = _weight_form(grad, x, grad_weight, grad_bias, sums_bias=False) if sums_bias else None
-    if plain is None:
-        raise _impossible(product)
+    plain = _required(product, issue)
 
     def apart() -> None:
-        plain()
-        column_sums(grad, grad_bias)
+        issue(plain)
+        relu_and_sum(grad, None, None, grad_bias, _partials(outputs), outputs)
 
-    return apart
+    forms: dict[str, Callable[[], None]] = {"plain": partial(issue, plain), "apart": apart}
+    fused = plan(replace(product, epilogue="BGRADB"), _timer(lambda chosen: issue(chosen, grad_bias)))
+    if fused is not None:
+        forms["BGRADB"] = partial(issue, fused, grad_bias)
+    return forms
 
 
-def relu_mask(grad: Array, activation: Array, columns: int) -> None:
-    """``grad[:, :columns][activation <= 0] = 0``."""
-    rows = len(grad)
-    kernel = load(_SOURCE, "relu_mask", (("NUMBER", c_type(grad)),))
-    kernel(
-        min(_blocks(rows * columns, 8 * _THREADS), 132 * 16), _THREADS, grad, np.int64(_ld(grad)), activation,
-        np.int64(_ld(activation)), np.int64(rows), np.int32(columns),
-    )  # fmt: skip
+def _partials(columns: int) -> Array:
+    """Room for the sums of ``relu_and_sum`` on the current stream."""
+    return _partials_of(cupy.cuda.get_current_stream().ptr, -(-columns // 128) * 128)
+
+
+@cache
+def _partials_of(stream: int, columns: int) -> Array:  # noqa: ARG001  streams run beside each other
+    device = cupy.cuda.Device()
+    return cupy.empty(device.attributes["MultiProcessorCount"] * BLOCKS * columns, np.float32)
 
 
 def bias_relu(wide: Array, bias: Array) -> None:
@@ -215,30 +236,6 @@ def bias_relu(wide: Array, bias: Array) -> None:
     total = len(wide) * len(bias)
     shape = (np.int64(len(wide)), np.int32(len(bias)))
     kernel(_blocks(total, _THREADS), _THREADS, wide, np.int64(_ld(wide)), bias, *shape)
-
-
-def sum_masked(grad: Array, activation: Array, grad_bias: Array, partials: Array) -> None:
-    """``relu_mask``, and the sum of what is left over the rows; partials [num_chunks(B) * O or more] float32."""
-    _sum_columns(grad, activation, grad_bias, partials)
-
-
-def column_sums(grad: Array, grad_bias: Array) -> None:
-    """``grad_bias = grad[:, :O].sum(0)``, in a fixed order."""
-    _sum_columns(grad, None, grad_bias, cupy.empty(_blocks(len(grad), _ROWS_PER_BLOCK) * len(grad_bias), np.float32))
-
-
-def _sum_columns(grad: Array, activation: Array | None, grad_bias: Array, partials: Array) -> None:
-    rows, columns = len(grad), len(grad_bias)
-    types = (("NUMBER", c_type(grad)), ("MASKED", int(activation is not None)))
-    chunks = _blocks(rows, _ROWS_PER_BLOCK)
-    other = grad if activation is None else activation
-    load(_SOURCE, "sum_chunks", types)(
-        chunks, _THREADS, grad, np.int64(_ld(grad)), other, np.int64(_ld(other)), np.int64(rows), np.int32(columns),
-        partials,
-    )  # fmt: skip
-    load(_SOURCE, "sum_partials", types)(
-        _blocks(columns, 32), 32 * 8, partials, np.int32(chunks), np.int32(columns), grad_bias
-    )
 
 
 def _forward(x: Array, weight: Array, out: Array, epilogue: str, aux_ld: int) -> Product:

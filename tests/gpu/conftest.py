@@ -22,6 +22,7 @@ CUDA_MODULES = (
     "dlrm.loss_cuda",
     "dlrm.optim_cuda",
     "dlrm.philox_cuda",
+    "dlrm.relu_cuda",
     "embedding.lookup_cuda",
     "embedding.pair_lists_cuda",
     "embedding.row_moves_cuda",

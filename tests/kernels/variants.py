@@ -61,14 +61,19 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
         ),
     ),
     "dlrm/gemm.cu": (
-        (("NUMBER", "half_t"), ("MASKED", 1)),
-        (("NUMBER", "float"), ("MASKED", 0)),
+        (("NUMBER", "half_t"),),
+        (("NUMBER", "float"),),
         (("NUMBER", "bfloat_t"),),
     ),
     "dlrm/logit.cu": (
         (("NUMBER", "half_t"), ("EACH", 8), ("RELU", 1)),
         (("NUMBER", "bfloat_t"), ("EACH", 1), ("RELU", 0)),
         (("NUMBER", "float"), ("EACH", 4), ("RELU", 1)),
+    ),
+    "dlrm/relu.cu": (
+        (("NUMBER", "half_t"), ("EACH", 8), ("MASK", 2), ("SUMMED", 1)),
+        (("NUMBER", "bfloat_t"), ("EACH", 1), ("MASK", 1), ("SUMMED", 0)),
+        (("NUMBER", "float"), ("EACH", 4), ("MASK", 0), ("SUMMED", 1)),
     ),
     "dlrm/interaction_plain.cu": (
         (("DIM", 128), ("VECTORS", 27), ("FIRST", 1), ("NUMBER", "float"), ("RELU", 1)),
