@@ -45,7 +45,7 @@ from embedding.comm import SingleComm  # noqa: E402
 from pipeline.engine import build_engine  # noqa: E402
 from pipeline.engine_cuda import fused_schedule  # noqa: E402
 from pipeline.evaluator import Evaluator  # noqa: E402
-from pipeline.feed import training_batches  # noqa: E402
+from pipeline.feed import TrainingFeed  # noqa: E402
 from pipeline.overlap import Schedule, choose  # noqa: E402
 from pipeline.schedule import TRAIN_OVERLAPPED, TRAIN_SEQUENTIAL, Row, execute, ring_size, stream_names  # noqa: E402
 from pipeline.stages import S  # noqa: E402
@@ -181,6 +181,7 @@ def training(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds a step of every variant, each with its stages in milliseconds."""
     capacity = -(-engine.config.data.batch_size // engine.comm.size)
     variants = dict(train_variants(engine.comm.size))
+    feed = TrainingFeed(engine, engine.dataset.split("train"))
     rings = {
         name: [engine.stages.flight(capacity, training=True) for _ in range(ring_size(rows))]
         for name, rows in variants.items()
@@ -188,14 +189,14 @@ def training(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(options.turns + 1):
         for name in list(variants) if turn % 2 else list(variants)[::-1]:
-            took = steps(engine, variants[name], rings[name], options.steps)
+            took = steps(engine, feed, variants[name], rings[name], options.steps)
             if turn:
                 seconds[name].append(took)
     result: dict[str, Any] = {"batch": engine.config.data.batch_size}
     for name, rows in variants.items():
         timeline = Timeline(engine.device, range(20, 28), 1)
         clock = StageClock(engine.device, timeline)
-        steps(engine, rows, rings[name], 32, clock)
+        steps(engine, feed, rows, rings[name], 32, clock)
         result[name] = {
             "step_s": statistics.median(seconds[name]), "streams": stream_names(rows), "stages_ms": clock.take_ms(),
             "lanes": {key: value and value / (1 if key == "ratio" else 8)
@@ -205,13 +206,18 @@ def training(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def steps(
-    engine: Engine, rows: Sequence[Row], ring: Sequence[Any], count: int, clock: StageClock | None = None
+    engine: Engine,
+    feed: TrainingFeed,
+    rows: Sequence[Row],
+    ring: Sequence[Any],
+    count: int,
+    clock: StageClock | None = None,
 ) -> float:
     """Seconds a step, the first ones left out; losses are looked at behind the steps, as the trainer does."""
     cold = 2 * len(ring)
     issued: deque[Outcome] = deque()
     start = 0.0
-    with training_batches(engine, engine.dataset.split("train"), start_step=0, stop_step=cold + count) as batches:
+    with feed.batches(start_step=0, stop_step=cold + count) as batches:
         run = execute(rows, stages=engine.stages, ring=ring, batches=batches, device=engine.device, clock=clock)
         for done, flight in enumerate(run, 1):
             issued.append(engine.stages.outcome(flight))
