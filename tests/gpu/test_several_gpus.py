@@ -60,7 +60,7 @@ def config_of(directory: Path, **changes: Any) -> Path:
         "device": "cuda",
         "data": {"path": DATA, "batch_size": 2048},
         "model": {"embedding_dim": 16, "bottom_mlp": [64, 16], "top_mlp": [64, 1]},
-        "optimizer": {"kind": "sgd", "lr": 0.5},
+        "optimizer": {"kind": "sgd", "lr": 0.2},
         "train": {"max_steps": 50, "epochs": None, "progress_every": 1},
         "eval": {"batch_size": 10_000, "final_split": None},
         "run": {"directory": str(directory)},
