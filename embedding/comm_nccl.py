@@ -171,10 +171,8 @@ def _start(host: Comm) -> Any:
         CommError: NCCL does not start.
     """
     try:
-        # The identifier is 128 bytes, which CuPy hands out as signed numbers.
-        own = np.array(nccl.get_unique_id(), np.int8).tobytes() if host.rank == 0 else b""
-        identifier = tuple(np.frombuffer(broadcast_bytes(host, own), np.int8).tolist())
-        return nccl.NcclCommunicator(host.size, identifier, host.rank)
+        own = nccl.get_unique_id() if host.rank == 0 else b""
+        return nccl.NcclCommunicator(host.size, broadcast_bytes(host, own), host.rank)
     except nccl.NcclError as error:
         raise CommError(
             f"NCCL: {host.size} ranks cannot start ({error}); give every rank a GPU of its own, and set "
