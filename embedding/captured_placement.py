@@ -210,8 +210,8 @@ def longer(totals: Array, capacities: Sequence[int]) -> float:
         totals: [W, W] rows of each owner for each rank.
         capacities: of each owner.
     """
-    needed: list[int] = totals.max(axis=1).tolist()
-    return _MORE * max(1.0, *(rows / max(1, had) for rows, had in zip(needed, capacities, strict=True)))
+    needed = totals.max(axis=1).tolist()
+    return float(_MORE * max(1.0, *(rows / max(1, had) for rows, had in zip(needed, capacities, strict=True))))
 
 
 def node_rows(plan: Plan, keys: Array, nodes: Sequence[Sequence[int]], sigmas: float = SIGMAS) -> tuple[int, ...]:
