@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from dlrm.errors import DataError
 from pipeline.formats.batch import release_pages
+from pipeline.formats.npy_header import read_npy_header
 from pipeline.formats.npz_place import npz_place
 
 _COPIED_BYTES = 1 << 20
@@ -103,9 +104,7 @@ def open_npy(path: Path) -> StoredArray:
 
 def _map(file: IO[bytes], name: str, size: int) -> StoredArray:
     try:
-        version = npy.read_magic(file)
-        header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, by_columns, dtype = header(file)
+        shape, by_columns, dtype = read_npy_header(file)
     except ValueError as error:
         raise DataError(f"{name}: bad header (byte 0): {' '.join(str(error).split())}; is it a .npy file?") from None
     if dtype.hasobject or dtype.names is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from numpy.lib import format as npy
+from pipeline.formats.npy_header import read_npy_header
 
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _MAGIC = b"PK\x03\x04"
@@ -89,9 +89,7 @@ def _row(file: BinaryIO, member: _Member, size: int) -> str:
         return ""
     file.seek(member.start)
     try:
-        version = npy.read_magic(file)
-        header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, by_columns, dtype = header(file)
+        shape, by_columns, dtype = read_npy_header(file)
     except ValueError:
         return ""
     values = file.tell()
