@@ -102,7 +102,6 @@ class ExchangedEmbedding:
         self._precision, self._shares, self._sigmas = exchange_precision, shares, sigmas
         self._dim = plan.specs[0].dim
         self._distinct, self._room = distinct, 1.0
-        assert topology is not None or not hierarchical, "nodes have to be known"
         self._nodes = Nodes.of(topology) if hierarchical and topology is not None else None
         others = [rank for rank in range(comm.size) if rank != comm.rank]
         order = (*others, comm.rank) if self._nodes is None else self._nodes.order
@@ -189,9 +188,8 @@ class ExchangedEmbedding:
         """
         call(self._device, count_pairs, buffers.keys, global_rows, self._placed.layout, buffers.lists)
         capacities = self._device.to_host(buffers.lists.totals).max(axis=1).tolist()
-        made = self._make(
-            buffers.capacity, buffers.vectors, buffers.grad_vectors, buffers.keys, tuple(capacities), None
-        )  # fmt: skip
+        same = buffers.capacity, buffers.vectors, buffers.grad_vectors, buffers.keys
+        made = self._make(*same, tuple(capacities), None)
         made.exact = True
         self.input_dist(made, rows, global_rows)
         return made
@@ -270,12 +268,17 @@ class ExchangedEmbedding:
                 self._placed.frequent + 1, buffers.order,
             )  # fmt: skip
 
-    def lookup(self, buffers: ExchangeBuffers) -> None:
-        """Put the rows that lie here into the vectors, and those that others ask for side by side."""
-        weight, places = self._placed.store.weight, buffers.num_rows * self._placed.layout.num_places
+    def lookup(self, buffers: ExchangeBuffers, *, local: bool = True) -> None:
+        """Put the rows that others ask for side by side, and with ``local`` those that lie here into the vectors."""
+        buffers.route.pack(self._placed.store.weight)
+        if local:
+            self.lookup_local(buffers)
+
+    def lookup_local(self, buffers: ExchangeBuffers) -> None:
+        """Put the rows that lie here into the vectors; other rows may be on their way meanwhile."""
+        places = buffers.num_rows * self._placed.layout.num_places
         target = self._flat(buffers.vectors)[:places]
-        call(self._device, move_rows, weight, buffers.lists.local[:places], target, None)
-        buffers.route.pack(weight)
+        call(self._device, move_rows, self._placed.store.weight, buffers.lists.local[:places], target, None)
 
     def output_dist(self, buffers: ExchangeBuffers) -> None:
         """Bring the rows to the ranks that ask for them."""

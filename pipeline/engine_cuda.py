@@ -237,6 +237,15 @@ def spread(schedule: Schedule) -> Schedule:
     return Schedule(tuple(rows), schedule.reason)
 
 
+def looking_up_beside(schedule: Schedule) -> Schedule:
+    """For several GPUs, whose rows of their own are looked up by ``bottom_forward``: behind the batch's lists."""
+    rows = [
+        replace(row, after=(*row.after, S.input_dist)) if row.stage == S.bottom_forward else row
+        for row in schedule.rows
+    ]
+    return Schedule(tuple(rows), schedule.reason)
+
+
 def fused_schedule(schedule: Schedule) -> Schedule:
     """One stream for an evaluation that has one lane."""
     uploads = [row for row in schedule.rows if row.stage == S.upload]
@@ -282,7 +291,7 @@ def join_captured(
         "lists": {},
         "embedding": embedding,
         "stages": stages,
-        "train_schedule": guarded(spread(train), stages),
+        "train_schedule": guarded(spread(train if carrier.comm is None else looking_up_beside(train)), stages),
         "eval_schedule": fused_schedule(evaluation) if stages.fused else evaluation,
         "carrier": carrier.comm if carrier.name == "nccl" else None,
         "carrier_name": carrier.name,

@@ -44,6 +44,7 @@ class Staging:
         numbers: [G, 2] uint32, numbers of rows.
         host: the batch, whom a fault is asked of.
         fused: look-up and interaction run as one kernel.
+        beside: rows that lie here are looked up beside the exchange of the others.
     """
 
     scalars: Array
@@ -53,6 +54,7 @@ class Staging:
     numbers: Array | None = None
     host: RecordBatch | None = None
     fused: bool = False
+    beside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,7 @@ class CudaStages(Stages):
             outcome=device.zeros(2, np.float64),
             partials=device.empty(partials_of(capacity), np.float64),
             fused=self._fused_train if training else self.fused,
+            beside=training and self._exchanged is not None,
         )
         if self._layout is not None:
             staging.records = device.empty((batch_rows, self._layout.words), np.uint32)
@@ -253,9 +256,17 @@ class CudaStages(Stages):
         self._tables_of_rank.input_dist(flight.embedding, flight.rows, flight.global_rows)
 
     def lookup(self, flight: Flight) -> None:
-        """Gather and pool; nothing where the interaction does it."""
-        if not flight.staging.fused:
+        """Gather and pool; nothing where the interaction does it. In training on several GPUs what travels alone."""
+        if flight.staging.beside and self._exchanged is not None:
+            self._exchanged.lookup(flight.embedding, local=False)
+        elif not flight.staging.fused:
             self.embedding.lookup(flight.embedding)
+
+    def bottom_forward(self, flight: Flight) -> None:
+        """Bottom MLP; in training on several GPUs also the rows that lie here, while others travel."""
+        super().bottom_forward(flight)
+        if flight.staging.beside and self._exchanged is not None:
+            self._exchanged.lookup_local(flight.embedding)
 
     def top_forward(self, flight: Flight) -> None:
         """Interaction and top MLP."""

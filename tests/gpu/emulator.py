@@ -49,8 +49,11 @@ class EmulatedKernel:
     multiprocessors = 3
     shared_limit = 64 * 1024
 
-    def __init__(self, function: Any, lock: threading.Lock) -> None:
-        self._function, self._lock = function, lock
+    _lock = threading.Lock()
+    """One emulated GPU runs one kernel at a time: what the launches keep is shared, of all libraries."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
 
     def __call__(self, blocks: int, threads: int, *arguments: Any, shared_bytes: int = 0) -> None:
         if blocks == 0:
@@ -63,7 +66,7 @@ class EmulatedKernel:
         ]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         sizes = ctypes.c_uint(blocks), ctypes.c_uint(threads), ctypes.c_size_t(shared_bytes)
-        with self._lock:  # a library has one emulated GPU
+        with self._lock:
             stuck = self._function(*sizes, ctypes.byref(pointers))
         assert not stuck, "threads of the emulated kernel wait for each other for ever"
 
@@ -77,7 +80,7 @@ class Emulator:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._libraries: dict[tuple[Path, Defines], tuple[Any, threading.Lock]] = {}
+        self._libraries: dict[tuple[Path, Defines], Any] = {}
         self._lock = threading.Lock()
 
     def load(self, source: Path, name: str, defines: Defines = ()) -> EmulatedKernel:
@@ -86,9 +89,9 @@ class Emulator:
         key = (source, macros)
         with self._lock:
             if key not in self._libraries:
-                self._libraries[key] = self._compile(source, macros), threading.Lock()
-            library, lock = self._libraries[key]
-        return EmulatedKernel(getattr(library, f"emulate_{name}"), lock)
+                self._libraries[key] = self._compile(source, macros)
+            library = self._libraries[key]
+        return EmulatedKernel(getattr(library, f"emulate_{name}"))
 
     def _compile(self, source: Path, defines: Defines) -> Any:
         text = source.read_text(encoding="utf-8")
