@@ -183,6 +183,8 @@ def run_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Embedding parameters", run.pop("table_parameters", None)),
         ("Precision", _precision(report["config"])),
         ("Steps skipped", run.pop("skipped_steps", None)),
+        ("Exchange between GPUs", run.pop("carrier", None)),
+        ("Batches run again", run.pop("overflows", None)),
         ("Machine", run.pop("machine", None)),
         ("Versions", run.pop("versions", None)),
         ("Checkpoint", run.pop("checkpoint", None)),

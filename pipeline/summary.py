@@ -50,6 +50,7 @@ def report_of(
             **stop,
             **plan_choice(engine.plan, stop.get("stages_ms")),
             "device": engine.device.name,
+            "carrier": None if engine.carrier_name == "none" else engine.carrier_name,
             "split": evaluation.split,
             "evaluation_seconds": evaluation.seconds,
             "ranks": engine.comm.size,

@@ -274,7 +274,8 @@ class Trainer:
         samples = self._window_samples - self._cold_samples
         self.course.train_seconds += seconds
         self.course.timed_samples += samples
-        self.course.stages_ms = self._trace.clock.take_ms()
+        stages_ms = self._trace.clock.take_ms()
+        self.course.stages_ms = stages_ms or self.course.stages_ms  # on a GPU traced steps alone are timed
         stages = self.engine.stages
         self._progress.write(
             "step",
@@ -284,7 +285,7 @@ class Trainer:
             samples_per_s=samples / seconds if samples else None,
             loss=loss,
             lr=stages.rate(flight.step, stages.dense_lr),
-            stages_ms=self.course.stages_ms,
+            stages_ms=stages_ms,
             **stages.counts(),
         )
         self._reset_window()

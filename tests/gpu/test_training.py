@@ -45,6 +45,17 @@ def test_a_run_follows_the_cpus(on_gpu: Any, case: str, tmp_path: Path) -> None:
         assert gpu.report[name] == pytest.approx(cpu.report[name], rel=1e-3), name
 
 
+def test_the_report_keeps_the_stage_times_of_traced_steps(on_gpu: Any, tmp_path: Path) -> None:
+    steps = {"max_steps": 24, "progress_every": 6}
+    result = run(values(tmp_path, "cuda", on_gpu, train=steps, trace={"steps": [10, 11]}))
+    by_window = [record["stages_ms"] for record in records(tmp_path, "step")]
+    assert [bool(stages) for stages in by_window] == [False, True, False, False]
+    assert result.report["run"]["stages_ms"] == by_window[1]
+    assert {"lookup", "top_forward", "dense_update"} <= set(by_window[1])
+    (start,) = records(tmp_path, "start")
+    assert result.report["run"]["device"] == start["device"]
+
+
 def test_a_run_resumes_on_either_device(on_gpu: Any, tmp_path: Path) -> None:
     """20 steps on the GPU, then on to the end on each: the same as without a break."""
     end, middle = (8, 4) if on_gpu.emulated else (40, 20)

@@ -273,12 +273,13 @@ def test_durations_read_well(seconds, text) -> None:
 
 def test_the_table_of_the_run_tells_device_precision_and_skipped_steps(rng) -> None:
     config = {"name": "trial", "precision": "fp16", "loss_scale": "dynamic", "embedding": {"table_precision": "fp16"}}
-    run = {"split": "test", "device": "Some GPU", "skipped_steps": 7}
+    run = {"split": "test", "device": "Some GPU", "skipped_steps": 7, "carrier": "nccl", "overflows": 0}
     rows = dict(run_rows(full_report(rng, config=config, run_info=run)))
     assert rows["Device"] == "Some GPU"
     assert rows["Precision"] == "fp16, loss scale dynamic"
     assert rows["Steps skipped"] == "7"
+    assert (rows["Exchange between GPUs"], rows["Batches run again"]) == ("nccl", "0")
     narrow = {**config, "embedding": {"table_precision": "bf16"}, "loss_scale": 1024.0}
     rows = dict(run_rows(full_report(rng, config=narrow, run_info={"split": "test"})))
     assert rows["Precision"] == "fp16, tables bf16, loss scale 1024.0"
-    assert not {"Device", "Steps skipped"} & set(rows)
+    assert not {"Device", "Steps skipped", "Exchange between GPUs", "Batches run again"} & set(rows)
