@@ -28,7 +28,7 @@ import cupy  # noqa: E402
 
 from dlrm import gemm_cuda, interaction_cuda  # noqa: E402
 from dlrm.config import RunConfig, parse_run_config  # noqa: E402
-from embedding import sorted_update_cuda, sparse_optim_cuda  # noqa: E402
+from embedding import sorted_update_cuda  # noqa: E402
 from embedding.comm import SingleComm  # noqa: E402
 from pipeline import engine_cuda  # noqa: E402
 from pipeline.device_feed import Origin, need_resident, open_feed  # noqa: E402
@@ -63,31 +63,11 @@ def entries(settings: dict[str, int], changes: Mapping[str, int]) -> Iterator[No
         settings.update(before)
 
 
-def updates(*, atomic: bool, share: float) -> Change:
-    """Whether gradients are added to the rows as they come, and the update's share of the multiprocessors."""
-
-    @contextmanager
-    def change(engine: Engine) -> Iterator[None]:
-        with (
-            attribute(engine.embedding, "_deterministic", not atomic),
-            attribute(sparse_optim_cuda, "SHARE", share),
-        ):
-            yield
-
-    return change
-
-
 VARIANTS: dict[str, Change] = {
     "default": lambda _: ExitStack(),
     "vectors kept": lambda engine: attribute(engine.stages, "_fused_train", False),
-    "weights in line": lambda _: attribute(engine_cuda, "WEIGHTS_BESIDE", False),
-    "sorted": updates(atomic=False, share=1.0),
-    "sorted, half": updates(atomic=False, share=0.5),
-    "atomic": updates(atomic=True, share=1.0),
-    "atomic, half": updates(atomic=True, share=0.5),
-    "atomic, a third": updates(atomic=True, share=0.34),
-    "backward BLOCKS 3": lambda _: entries(interaction_cuda.FUSED_BACKWARD, {"BLOCKS": 3}),
-    "backward BLOCKS 5": lambda _: entries(interaction_cuda.FUSED_BACKWARD, {"BLOCKS": 5}),
+    "atomic": lambda engine: attribute(engine.embedding, "_deterministic", False),
+    "backward BLOCKS 4": lambda _: entries(interaction_cuda.FUSED_BACKWARD, {"BLOCKS": 4}),
     "backward BATCHED 1": lambda _: entries(interaction_cuda.FUSED_BACKWARD, {"BATCHED": 1}),
     "forward BATCHED 4": lambda _: entries(interaction_cuda.FUSED_FORWARD, {"BATCHED": 4}),
     "SUM_BLOCKS 4, AHEAD 4": lambda _: entries(sorted_update_cuda.SUM, {"SUM_BLOCKS": 4, "MOST_AHEAD": 4}),
@@ -125,7 +105,7 @@ class Steps:
         self._engine, self._origin, self._batch = engine, origin, batch
         stages = engine.stages
         assert isinstance(stages, CudaStages)
-        self._rows = engine_cuda.guarded(engine_cuda.spread(choose(engine.config.overlap, "train", None)), stages).rows
+        self._rows = engine_cuda.guarded(choose(engine.config.overlap, "train", None), stages).rows
         self._ring = [engine.stages.flight(batch, training=True) for _ in range(ring_size(self._rows))]
         self._done = 0
 

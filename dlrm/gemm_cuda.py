@@ -28,6 +28,7 @@ from dlrm.relu_cuda import BLOCKS, relu_and_sum
 
 _SOURCE = Path(__file__).with_name("gemm.cu")
 _THREADS = 256
+_BITS_OF_A_BYTE = 8
 
 
 @dataclass(slots=True)
@@ -58,6 +59,10 @@ def linear_relu_forward(x: Array, weight: Array, bias: Array, out: Array, mask: 
     """See ``gemm.linear_relu_forward``."""
     if not len(x):
         return
+    if mask is not None:
+        _masked.discard(mask.data.ptr)  # until it is written: addresses come again, and so do batches of other sizes
+    if len(weight) % _BITS_OF_A_BYTE:  # some byte of the mask would be written in part
+        mask = None
     epilogue, aux_ld = ("RELU_AUX_BIAS", mask.shape[1] * 8) if mask is not None else ("RELU_BIAS", 0)
     product = _forward(x, weight, out, epilogue, aux_ld)
     fused = plan(product, _timer(lambda chosen: chosen.run(weight, x, out, bias=bias, mask=mask)))

@@ -23,7 +23,7 @@ WARPS = 4
 FUSED_FORWARD = {"BLOCKS": 4, "BATCHED": 2}
 """How the fused form walks the batch: blocks of a multiprocessor, and 32-column strips of float32 rows that a warp asks
 for together."""
-FUSED_BACKWARD = {"BLOCKS": 4, "BATCHED": 2}
+FUSED_BACKWARD = {"BLOCKS": 3, "BATCHED": 2}
 """The same of its backward pass."""
 
 

@@ -12,7 +12,7 @@ from dlrm.errors import DeviceError
 from dlrm.nvrtc import Defines, c_type, load
 from embedding.row_sort import CHUNK, CHUNKS_OF_A_STRETCH, RowSort
 from embedding.sparse_optim import KINDS
-from embedding.sparse_optim_cuda import group_lanes, shared_multiprocessors
+from embedding.sparse_optim_cuda import group_lanes
 
 SOURCE = Path(__file__).with_name("sorted_update.cu")
 THREADS = 256
@@ -61,8 +61,8 @@ def update_sorted(
     tables, blocks = (weight, first, second), (scalars, guard)
     sum_chunks = load(SOURCE, "sum_chunks", defines)
     sum_chunks(
-        min(-(-chunks // groups), shared_multiprocessors(sum_chunks) * SUM["SUM_BLOCKS"]), THREADS, *ordered,
-        sort.partials, sort.open_runs, offsets, key_weights, mean, place, *shards, *places, gradients, *tables, *blocks,
+        min(-(-chunks // groups), sum_chunks.multiprocessors * SUM["SUM_BLOCKS"]), THREADS, *ordered, sort.partials,
+        sort.open_runs, offsets, key_weights, mean, place, *shards, *places, gradients, *tables, *blocks,
     )  # fmt: skip
     warps = THREADS // 32
     load(SOURCE, "sum_stretches", defines)(

@@ -13,9 +13,6 @@ from embedding.lookup_cuda import share_tables
 
 SOURCE = Path(__file__).with_name("sparse_optim.cu")
 SGD_THREADS = 512
-SHARE = 1.0
-"""Of the multiprocessors, for updates that run beside the gradients of dense weights: memory keeps fewer than all of
-them busy, and products find room on the others."""
 BAG_BLOCKS = 4
 """Blocks of a multiprocessor that walk the bags."""
 MOST_HOT_ROWS = 32
@@ -39,7 +36,7 @@ def sgd_one_hot(
     hot = min(MOST_HOT_ROWS, (shared_limit - 4 * groups) // (groups * 4 * dim))
     defines = (("DIM", dim), ("KEY", c_type(keys)), ("GRAD", c_type(gradients)), ("HOT", hot))
     kernel = load(SOURCE, "sgd_one_hot", defines)
-    blocks, workers = share_tables(num_tables, num_rows, SGD_THREADS // 32 * 16, shared_multiprocessors(kernel))
+    blocks, workers = share_tables(num_tables, num_rows, SGD_THREADS // 32 * 16, kernel.multiprocessors)
     shape = (np.int64(num_rows), np.int32(num_tables), np.int32(gradients.shape[1]), np.int32(workers))
     kernel(
         blocks, SGD_THREADS, weight, row_start, keys, place, *shape, gradients, scalars, guard,
@@ -78,11 +75,6 @@ def sgd_bags(
         blocks, SGD_THREADS, weight, row_start, keys, offsets, key_weights, mean, place, *shape, gradients, scalars,
         guard,
     )  # fmt: skip
-
-
-def shared_multiprocessors(kernel: Any) -> int:
-    """Multiprocessors that a table's update takes; see ``SHARE``."""
-    return max(1, int(SHARE * kernel.multiprocessors))
 
 
 def _check(weight: Any) -> None:

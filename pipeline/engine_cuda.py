@@ -28,9 +28,6 @@ from pipeline.schedule import EVAL_SEQUENTIAL
 from pipeline.stages import S
 from pipeline.stages_cuda import CudaStages
 
-WEIGHTS_BESIDE = True
-"""See ``spread``."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Carrier:
@@ -219,24 +216,6 @@ def guarded(schedule: Schedule, stages: CudaStages) -> Schedule:
     return Schedule(tuple(rows), schedule.reason)
 
 
-def spread(schedule: Schedule) -> Schedule:
-    """Gradients of the top MLP's weights on a stream of their own, beside the bottom MLP's backward pass.
-
-    Products of small batches leave multiprocessors idle at their ends.
-    """
-    if not WEIGHTS_BESIDE or not schedule.overlapped:
-        return schedule
-    rows = []
-    for row in schedule.rows:
-        if row.stage == S.top_weight_backward:
-            rows.append(replace(row, stream="weights", after=(*row.after, S.top_backward)))
-        elif row.stage == S.reduce_dense:
-            rows.append(replace(row, after=(*row.after, S.bottom_backward)))
-        else:
-            rows.append(row)
-    return Schedule(tuple(rows), schedule.reason)
-
-
 def looking_up_beside(schedule: Schedule) -> Schedule:
     """For several GPUs, whose rows of their own are looked up by ``bottom_forward``: behind the batch's lists."""
     rows = [
@@ -291,7 +270,7 @@ def join_captured(
         "lists": {},
         "embedding": embedding,
         "stages": stages,
-        "train_schedule": guarded(spread(train if carrier.comm is None else looking_up_beside(train)), stages),
+        "train_schedule": guarded(train if carrier.comm is None else looking_up_beside(train), stages),
         "eval_schedule": fused_schedule(evaluation) if stages.fused else evaluation,
         "carrier": carrier.comm if carrier.name == "nccl" else None,
         "carrier_name": carrier.name,

@@ -17,6 +17,8 @@ from dlrm.device import HostDevice
 from dlrm.mlp import Linear, mlp_data_backward, mlp_forward, mlp_weight_backward
 
 WIDTHS = (24, 40, 136, 16)
+ODD_WIDTHS = (24, 41, 136, 16)
+"""One layer whose output is no whole number of bytes of bits: its ReLU is found in its output."""
 ROWS = 150
 
 
@@ -65,6 +67,7 @@ class FakePlan:
             packed = np.packbits(result > 0, axis=1, bitorder="little")
             mask[:, : packed.shape[1]] = packed
         if p.epilogue.startswith("DRELU"):
+            assert p.m % 8 == 0
             result *= np.unpackbits(mask, axis=1, bitorder="little")[:, : p.m]
         if p.epilogue == "DRELU_BGRAD":
             bias[...] = result.sum(0)
@@ -128,11 +131,18 @@ def expected_gradients(
 FORMS = [("DRELU", False), ("mask", False), ("DRELU_BGRAD", True), ("mask_and_sum", True)]
 
 
+@pytest.mark.parametrize("widths", [WIDTHS, ODD_WIDTHS])
 @pytest.mark.parametrize("bits", [True, False])
 @pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize(("form", "bias_done"), FORMS)
 def test_a_form_gives_the_gradients(
-    gemm_cuda: ModuleType, form: str, bias_done: bool, apart: bool, bits: bool, rng: np.random.Generator
+    gemm_cuda: ModuleType,
+    form: str,
+    bias_done: bool,
+    apart: bool,
+    bits: bool,
+    widths: tuple[int, ...],
+    rng: np.random.Generator,
 ) -> None:
     device = ProductsOf(gemm_cuda)
     gemm_cuda._bits_seen = None if bits else False
@@ -141,18 +151,18 @@ def test_a_form_gives_the_gradients(
             *(array(rng.standard_normal(shape) / 4) for shape in ((outputs, inputs), outputs)),
             *(array(np.full(shape, np.nan)) for shape in ((outputs, inputs), outputs)),
         )
-        for inputs, outputs in pairwise(WIDTHS)
+        for inputs, outputs in pairwise(widths)
     ]
-    x, top = array(rng.standard_normal((ROWS, WIDTHS[0]))), array(rng.standard_normal((ROWS, WIDTHS[-1])))
-    outs = [array(np.full((ROWS, width), np.nan)) for width in WIDTHS[1:]]
-    masks = [array(np.zeros((ROWS, -(-width // 128) * 16)), np.uint8) for width in WIDTHS[1:]]
+    x, top = array(rng.standard_normal((ROWS, widths[0]))), array(rng.standard_normal((ROWS, widths[-1])))
+    outs = [array(np.full((ROWS, width), np.nan)) for width in widths[1:]]
+    masks = [array(np.zeros((ROWS, -(-width // 128) * 16)), np.uint8) for width in widths[1:]]
     for step in range(3):  # the first one chooses, then every layer is told
         for layer in layers:
             layer.grad_weight.fill(np.nan)
             layer.grad_bias.fill(np.nan)
         mlp_forward(x, layers, outs, masks, device)
         weights, biases = expected_gradients(x, layers, outs, top)
-        grads = [array(np.full((ROWS, width), np.nan)) for width in WIDTHS[1:-1]]
+        grads = [array(np.full((ROWS, width), np.nan)) for width in widths[1:-1]]
         grads.append(array(np.where(outs[-1] > 0, top, 0)))
         mlp_data_backward(layers, outs, masks, grads, None, device, masked=True)
         mlp_weight_backward(x, layers, outs, grads, device)

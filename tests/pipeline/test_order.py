@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.engine_cuda import spread
-from pipeline.overlap import Schedule
 from pipeline.schedule import (
     EVAL_OVERLAPPED,
     EVAL_SEQUENTIAL,
@@ -26,11 +24,7 @@ import clocked_device
 from clocked_device import faults_of
 
 DEPTHS = range(1, 5)
-OVERLAPPED = {
-    "train": TRAIN_OVERLAPPED,
-    "train on a GPU": spread(Schedule(TRAIN_OVERLAPPED, "")).rows,
-    "eval": EVAL_OVERLAPPED,
-}
+OVERLAPPED = {"train": TRAIN_OVERLAPPED, "eval": EVAL_OVERLAPPED}
 WAITS = [
     pytest.param(rows, index, wait, id=f"{name}: {row.stage} after {wait}")
     for name, rows in OVERLAPPED.items()
