@@ -30,7 +30,6 @@ DATA = "synthetic:criteo-terabyte?rows=16000&scale=20000"
 OPTIONS: dict[str, dict[str, Any]] = {
     "sgd": {},
     "adam, deterministic": {"optimizer": {"kind": "adam", "lr": 0.01}, "deterministic": True},
-    "sequential": {"overlap": {"train": False, "eval": False}},
     "uneven": {"data": {"batch_size": 67}},
     "increments": {"checkpoint": {"incremental": True}, "train": {"checkpoint_every": 2}},
 }
@@ -71,7 +70,7 @@ def check(directory: Path, result: TrainResult, other: Path, expected: TrainResu
 
 @pytest.mark.parametrize(
     ("ranks", "name"),
-    [(2, "sgd"), (4, "adam, deterministic"), (2, "sequential"), (3, "uneven"), (2, "increments")],
+    [(2, "sgd"), (4, "adam, deterministic"), (3, "uneven"), (2, "increments")],
 )  # fmt: skip
 def test_ranks_train_as_one(emulated: Any, ranks: int, name: str, tmp_path: Path) -> None:
     one = run_on(1, tmp_path / "one", emulated, **changes_of(name))
@@ -79,6 +78,18 @@ def test_ranks_train_as_one(emulated: Any, ranks: int, name: str, tmp_path: Path
     check(tmp_path / "several", several, tmp_path / "one", one)
     assert records(tmp_path / "several", "step")[-1]["overflows"] == 0
     assert records(tmp_path / "several", "start")[0]["carrier"] == "staged"
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+def test_ranks_exchange_by_node(emulated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of two ranks, whose lists run over at first, and which not all of them can count by themselves."""
+    measure = engine_cuda.measure_lists
+    monkeypatch.setattr(engine_cuda, "measure_lists", lambda *rest: replace(measure(*rest), sigmas=-10.0))
+    one = run_on(1, tmp_path / "one", emulated)
+    nodes = run_on(4, tmp_path / "nodes", emulated, embedding={"nodes": 2, "all_to_all": "hierarchical"})
+    check(tmp_path / "nodes", nodes, tmp_path / "one", one)
+    assert records(tmp_path / "nodes", "start")[0]["plan"]["all_to_all"] == "hierarchical"
+    assert 1 <= records(tmp_path / "nodes", "step")[-1]["overflows"] < STEPS
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # what was not fetched is any number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ from typer.testing import CliRunner
 
 from dlrm.config import RunConfig, parse_run_config
 from dlrm.errors import ConfigError
-from embedding.links import DEFAULT
+from embedding.links import DEFAULT, Link
 from pipeline import planning
 from pipeline.cli_plan import read_links
 from pipeline.dataset import Dataset, load_dataset
 from pipeline.synthetic import SyntheticTable, generate
 
 TABLES = (SyntheticTable(rows=3000), SyntheticTable(rows=40, exponent=0.5), SyntheticTable(rows=900, hotness=3))
+
+FREE = replace(
+    DEFAULT, **{name: Link(1e9, 0.0) for name in ("inside", "across", "inside_reduce", "across_reduce")}
+)  # messages start at once
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +81,30 @@ def test_what_the_config_forces_is_obeyed(dataset: Dataset) -> None:
     assert plan.placements[0].threshold == 7
     assert all(placement.deduplicate for placement in plan.placements)
     assert [spec.pooling for spec in plan.specs] == ["sum", "mean", "sum"]
+
+
+def test_a_plan_for_gpus_counts_what_they_send(dataset: Dataset) -> None:
+    """No keys, every occurrence of a row, and the gradients of all replicated rows; no table cut by columns."""
+    config = config_of(dataset)
+    known = planning.calibrate(config, dataset)
+    plans = planning.plan_several(config, dataset.tables, ranks=4, calibration=known, captured=True)
+    assert not any(placement.deduplicate for plan in plans for placement in plan.placements)
+    assert not any(placement.kind == "column_wise" for plan in plans for placement in plan.placements)
+    first = dataset.tables[0]
+    forced = config_of(
+        dataset, placement="row_wise", tables={first.name: {"placement": "hybrid", "threshold": first.rows - 1}}
+    )
+    on_gpus, on_cpus = (
+        dict(
+            planning.plan_tables(
+                forced, dataset.tables, ranks=4, calibration=known, captured=captured, links=FREE
+            ).seconds
+        )
+        for captured in (True, False)
+    )
+    assert on_gpus["keys"] < on_cpus["keys"]
+    # 2 (W - 1) / W of 4 bytes a number.
+    assert on_gpus["all_reduce"] == pytest.approx(1.5 * 4 * (first.rows - 1) * 8 / FREE.inside_reduce.bytes_per_s)
 
 
 def test_a_table_without_pooling_counts_once_for_each_key(dataset: Dataset) -> None:
