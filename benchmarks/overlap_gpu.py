@@ -281,6 +281,7 @@ def measure(options: argparse.Namespace, comm: Comm, placement: str, results: di
                 results[f"training, {title}, {batch}"] = found = training(engine, options)
                 show_training(comm, f"{title}, {batch:,} a GPU", found)
                 show_shares(comm, results, title, found)
+            engine.close()
             del engine
             gc.collect()
             if options.json and comm.rank == 0:
