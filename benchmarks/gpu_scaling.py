@@ -317,7 +317,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--table-lr", type=float, help="of the tables, time to AUC")
     parser.add_argument("--budget", type=float, default=560, help="seconds for all")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one run")
-    parser.add_argument("--estimate", type=float, default=25, help="seconds that a plain run may take")
+    parser.add_argument("--estimate", type=float, default=20, help="seconds that a plain run may take")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: ranks of this machine's cores")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--results", type=Path, help="write the text for RESULTS.md there")
