@@ -179,11 +179,10 @@ def train_variants(ranks: int) -> Iterator[tuple[str, tuple[Row, ...]]]:
 
 def training(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds a step of every variant, each with its stages in milliseconds."""
-    capacity = -(-engine.config.data.batch_size // engine.comm.size)
     variants = dict(train_variants(engine.comm.size))
     feed = TrainingFeed(engine, engine.dataset.split("train"))
     rings = {
-        name: [engine.stages.flight(capacity, training=True) for _ in range(ring_size(rows))]
+        name: [engine.stages.flight(engine.config.data.batch_size, training=True) for _ in range(ring_size(rows))]
         for name, rows in variants.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}

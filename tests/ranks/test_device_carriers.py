@@ -77,9 +77,9 @@ class Wires:
 class FakeCommunicator:
     """Point-to-point messages between threads, on memory that pointers name; a group is done at its end."""
 
-    def __init__(self, wires: Wires, size: int, identifier: tuple[int, ...], rank: int) -> None:
+    def __init__(self, wires: Wires, size: int, identifier: bytes, rank: int) -> None:
         assert len(identifier) == 128
-        assert min(identifier) < 0 <= max(identifier)  # signed numbers, as CuPy's
+        assert isinstance(identifier, bytes)
         self.wires, self.size, self.identifier, self.rank = wires, size, identifier, rank
         wires.alive.add(id(self))
 
@@ -119,9 +119,9 @@ def fake_nccl(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Wires]]:
     for name in ("FLOAT32", "FLOAT64", "FLOAT16", "INT32", "INT64", "UINT8", "SUM", "MAX", "MIN"):
         setattr(nccl, f"NCCL_{name}", 1)
 
-    def unique() -> tuple[int, ...]:
+    def unique() -> bytes:
         wires.made += 1
-        return (-wires.made, *range(127))
+        return bytes([256 - wires.made, *range(127)])
 
     def start() -> None:
         wires.group.sends, wires.group.receives = [], []
