@@ -22,9 +22,8 @@ from embedding.topology import Topology
 from pipeline.checkpoint import Checkpoint
 from pipeline.dataset import Dataset
 from pipeline.frequency_orders import FrequencyOrders, may_list
-from pipeline.loader import Loader
 from pipeline.plan_agreement import leaves_places, link_rates
-from pipeline.planning import calibrate, memory_limit_bytes, plan_several, plan_tables, table_specs
+from pipeline.planning import calibrate, first_batches, memory_limit_bytes, plan_several, plan_tables, table_specs
 
 _MEMORY_FOR_TABLES = 0.8
 """Of what a GPU has free: batches in flight need some."""
@@ -146,19 +145,6 @@ def measure_lists(config: RunConfig, dataset: Dataset, plan: Plan, topology: Top
 def _first_keys(config: RunConfig, dataset: Dataset, batches: int) -> NDArray[np.int64]:
     """Keys [T, n] of the first whole batches, of one key a bag."""
     tables = len(dataset.tables)
-    with Loader(
-        dataset.split("train"),
-        batch_size=config.data.batch_size,
-        rank=0,
-        ranks=1,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-        window=config.data.shuffle_window,
-        drop_last=False,
-        prefetch=2,
-        block=config.data.shuffle_block,
-        stop_step=min(batches, _MOST_BATCHES),
-        epochs=1,
-    ) as loader:
+    with first_batches(config, dataset, min(batches, _MOST_BATCHES)) as loader:
         parts = [batch.host.keys.keys.reshape(tables, -1).astype(np.int64) for batch in loader]
     return np.concatenate([*parts, np.empty((tables, 0), np.int64)], axis=1)

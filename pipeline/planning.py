@@ -48,15 +48,9 @@ class Calibration:
     counts: RowCounts | None = None
 
 
-def calibrate(config: RunConfig, dataset: Dataset) -> Calibration:
-    """Count the first ``embedding.calibration_batches`` batches of the first epoch, or all it has.
-
-    Raises:
-        DataError: a row of them is wrong.
-    """
-    counts = RowCounts([table.rows for table in dataset.tables])
-    jagged = False
-    with Loader(
+def first_batches(config: RunConfig, dataset: Dataset, count: int) -> Loader:
+    """The first ``count`` global batches of the first epoch in training order, or all it has; to be closed."""
+    return Loader(
         dataset.split("train"),
         batch_size=config.data.batch_size,
         rank=0,
@@ -67,9 +61,20 @@ def calibrate(config: RunConfig, dataset: Dataset) -> Calibration:
         drop_last=False,
         prefetch=2,
         block=config.data.shuffle_block,
-        stop_step=config.embedding.calibration_batches,
+        stop_step=count,
         epochs=1,
-    ) as batches:
+    )
+
+
+def calibrate(config: RunConfig, dataset: Dataset) -> Calibration:
+    """Count the first ``embedding.calibration_batches`` batches of the first epoch, or all it has.
+
+    Raises:
+        DataError: a row of them is wrong.
+    """
+    counts = RowCounts([table.rows for table in dataset.tables])
+    jagged = False
+    with first_batches(config, dataset, config.embedding.calibration_batches) as batches:
         for batch in batches:
             counts.add(batch.host.keys)
             jagged = jagged or batch.host.keys.offsets is not None
