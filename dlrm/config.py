@@ -23,6 +23,7 @@ from dlrm.config_embedding import EmbeddingConfig as EmbeddingConfig
 from dlrm.config_embedding import Fraction as Fraction
 from dlrm.config_embedding import OptimizerConfig as OptimizerConfig
 from dlrm.config_embedding import PositiveInt as PositiveInt
+from dlrm.config_eval import EvalConfig as EvalConfig
 from dlrm.errors import ConfigError
 
 _LONGEST_ECHO = 120
@@ -168,20 +169,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class EvalConfig:
-    """What is evaluated."""
-
-    split: Text = "validation"
-    """Split that evaluations during training look at, and that stopping rules decide by."""
-    final_split: Text | None = "test"
-    """Split of the closing evaluation and the report; ``None`` or absent from the data: ``split``."""
-    batch_size: PositiveInt = 16_384
-    """Rows of a global evaluation batch."""
-    cache: bool = True
-    """Keep the split in memory after its first pass, where it takes no more than a quarter of what is free."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class OverlapConfig:
     """Whether the dense lane and the embedding lane run beside each other."""
 
@@ -252,6 +239,11 @@ class RunConfig:
         """
         if self.device == "cuda" and self.precision == "fp64":
             raise ConfigError("precision: fp64 runs on CPUs alone; set device: cpu, or precision: fp32")
+        if self.eval.ranks and self.device == "cuda":
+            raise ConfigError(
+                f"eval.ranks: {self.eval.ranks}, but evaluation on ranks of its own runs on CPUs so far; set device: "
+                "cpu, or leave it out"
+            )
         if self.device == "cpu" and (half := {self.precision, self.table_precision} & {"fp16", "bf16"}):
             raise ConfigError(
                 f"precision: {half.pop()} needs a GPU, but device is cpu; set precision and embedding.table_precision "

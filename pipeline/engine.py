@@ -143,7 +143,9 @@ class Engine:
         return dense | {f"table.{name}": shape for name, shape in self._table_shapes().items()}
 
 
-def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved: Checkpoint | None = None) -> Engine:
+def build_engine(
+    config: RunConfig, *, comm: Comm, threads: int, saved: Checkpoint | None = None, local_ranks: int | None = None
+) -> Engine:
     """Join the parts for one run.
 
     Args:
@@ -151,6 +153,7 @@ def build_engine(config: RunConfig, *, comm: Comm, threads: int, saved: Checkpoi
         comm: all ranks.
         threads: of each rank.
         saved: the checkpoint to go on from; its plan is kept where it fits, its weights are not read.
+        local_ranks: ranks that share this machine's memory; ``None``: those of ``comm``.
 
     Raises:
         ConfigError: the config does not fit the ranks or the data.
@@ -203,7 +206,13 @@ def _join(
 ) -> dict[str, Any]:
     """What an engine has on CPUs."""
     plan, lists = agree_plan(
-        config, dataset, comm=comm, topology=nodes, device=device.host, saved=saved, local_ranks=topology.local_size
+        config,
+        dataset,
+        comm=comm,
+        topology=nodes,
+        device=device.host,
+        saved=saved,
+        local_ranks=local_ranks or topology.local_size,
     )
     # A lane has its own order of collectives, which must not meet those of another one.
     embedding_comm, dense_comm = (comm.split(0, comm.rank) for _ in range(2))

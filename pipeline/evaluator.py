@@ -19,6 +19,7 @@ import numpy as np
 
 from embedding.comm import Comm
 from embedding.topology import share_of, start_of
+from pipeline.course import TrainResult
 from pipeline.curves import Curves
 from pipeline.dataset import Split
 from pipeline.device_feed import Origin
@@ -39,7 +40,8 @@ class Evaluation:
     Attributes:
         seconds: of the pass and of the scoring.
         scoring_seconds: of sorting the scores and of the metrics, which may lie beside training steps.
-        waited_seconds: of these, or of a pass elsewhere, what this rank did nothing in but wait.
+        waited_seconds: in which training stood still for the metrics, and for sending weights where other ranks
+            evaluate.
     """
 
     split: str
@@ -217,7 +219,13 @@ class Evaluator:
 
 
 class BackgroundEvaluations:
-    """The evaluations of a run, one at a time; all methods are collective but ``done`` and ``close``."""
+    """The evaluations of a run, one at a time; all methods are collective but ``done`` and ``close``.
+
+    Attributes:
+        elsewhere: other ranks make those during training (``pipeline.dedicated``).
+    """
+
+    elsewhere = False
 
     def __init__(self, engine: Engine, on_end: Callable[[Evaluation, int], None]) -> None:
         """Allocate nothing yet.
@@ -233,6 +241,7 @@ class BackgroundEvaluations:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="scoring")
         self._scoring: Future[Evaluation] | None = None
         self._step = 0
+        self._stalled_seconds = 0.0
 
     def start(self, split: str, step: int, *, clock: Clock | None = None) -> None:
         """Compute the logits now, and the metrics behind the caller's back.
@@ -249,7 +258,17 @@ class BackgroundEvaluations:
         assert evaluation is not None
         return evaluation
 
+    def run_here(self, split: str, step: int, *, clock: Clock | None = None) -> Evaluation:
+        """As ``run``, by the ranks that train in any case."""
+        self._start_here(split, step, self._engine.carrier, clock)
+        evaluation = self.end()
+        assert evaluation is not None
+        return evaluation
+
     def _start(self, split: str, step: int, carrier: Comm | None, clock: Clock | None) -> None:
+        self._start_here(split, step, carrier, clock)
+
+    def _start_here(self, split: str, step: int, carrier: Comm | None, clock: Clock | None) -> None:
         self.end()
         if split not in self._evaluators:
             self._evaluators[split] = Evaluator(self._engine, self._engine.dataset.split(split), split)
@@ -278,13 +297,23 @@ class BackgroundEvaluations:
             return None
         scoring, self._scoring = self._scoring, None
         start = time.perf_counter()
-        evaluation = replace(scoring.result(), waited_seconds=time.perf_counter() - start)
+        evaluation = scoring.result()
+        stalled, self._stalled_seconds = self._stalled_seconds, 0.0
+        evaluation = replace(evaluation, waited_seconds=stalled + time.perf_counter() - start)
         self._on_end(evaluation, self._step)
         return evaluation
 
     def flights(self) -> list[Flight]:
         """All batches in flight that it has room for."""
         return [flight for evaluator in self._evaluators.values() for flight in evaluator.ring]
+
+    @property
+    def pending_step(self) -> int | None:
+        """Of the evaluation under way."""
+        return None if self._scoring is None else self._step
+
+    def dismiss(self, result: TrainResult) -> None:
+        """Tell ranks that wait for evaluations that none will come."""
 
     def close(self) -> None:
         """End the thread once it is idle; waits for nobody."""

@@ -14,8 +14,8 @@ Every line of ``progress.jsonl`` is one object with ``type`` and ``time`` (secon
            (mean over the global batch of this step), ``lr``, ``stages_ms`` (mean per step by stage;
            on a GPU of traced steps only), with a dynamic loss scale ``skipped_steps`` (so far), on
            several GPUs ``overflows`` (batches whose lists ran over, and that were run again)
-``eval``   ``step``, ``split``, ``seconds``, ``scoring_seconds`` (part of them), ``waited_seconds`` (of
-           these what training waited for), ``samples``,
+``eval``   ``step``, ``split``, ``seconds``, ``scoring_seconds`` (part of them), ``waited_seconds`` (in
+           which training stood still for the metrics), ``samples``,
            ``metrics`` (see ``pipeline.metrics.Metrics``)
 ``save``   a checkpoint is complete: ``step``, ``path``, ``base`` (of an increment, its name),
            ``stall_s`` (the training stood still), ``write_s`` (rank 0 took to write), ``bytes``

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,6 +11,8 @@ from typing import Any, Self
 import numpy as np
 
 from dlrm.config import CheckpointConfig
+from embedding.table import Shard
+from pipeline.changed_rows import ChangedRows
 from pipeline.checkpoint import Checkpoint
 from pipeline.checkpoint_async import AsyncSaver, Saved
 from pipeline.checkpoint_folder import STEP_PREFIX, target_of
@@ -46,6 +48,7 @@ class RunSaver:
         *,
         keep: int,
         resumed: Checkpoint | None,
+        changed: ChangedRows,
         on_saved: Callable[[Saved], None],
     ) -> None:
         """Write nothing yet.
@@ -56,6 +59,7 @@ class RunSaver:
             config: how.
             keep: how many unnamed checkpoints stay, besides those that they are increments of.
             resumed: the checkpoint that ``engine`` has been filled from.
+            changed: has a reader ``checkpoint`` where increments are written.
             on_saved: told of every complete checkpoint, on rank 0, perhaps by another thread.
         """
         self._directory = directory
@@ -69,14 +73,13 @@ class RunSaver:
             memory_limit_bytes=self._copy_limit if config.asynchronous else 0,
             on_saved=on_saved,
         )
-        self._incremental = config.incremental
+        self._incremental, self._changed = config.incremental, changed
         self._base: Path | None = None
         self._base_step = 0
-        if config.incremental:
-            engine.embedding.track_touched()
-            # A name such as "best" is used again, which a base must not be.
-            if resumed is not None and resumed.path.name.startswith(STEP_PREFIX) and _chain(resumed) < _LONGEST_CHAIN:
-                self._base, self._base_step = directory / resumed.path.name, resumed.step
+        # A name such as "best" is used again, which a base must not be.
+        numbered = resumed is not None and resumed.path.name.startswith(STEP_PREFIX)
+        if config.incremental and resumed is not None and numbered and _chain(resumed) < _LONGEST_CHAIN:
+            self._base, self._base_step = directory / resumed.path.name, resumed.step
 
     def prepare(self) -> None:
         """Get memory for copies ready behind the training, so that the first one takes no longer than others."""
@@ -97,9 +100,9 @@ class RunSaver:
         Raises:
             CheckpointError: on every rank, if this save cannot begin, or the one before it failed on any.
         """
-        comm, shards = self._engine.comm, self._engine.embedding.shards()
-        touched = touched_of_shards(shards, comm.rank) if self._incremental else {}
-        base = self._base if self._incremental and self._increment_is_worthwhile(step) else None
+        shards = self._changed.shards("checkpoint") if self._incremental else []
+        touched = touched_of_shards(shards, self._engine.comm.rank)
+        base = self._base if self._increment_is_worthwhile(step, shards) else None
         path = self._saver.save(
             step=step,
             tensors=self._engine.tensors(),
@@ -110,7 +113,7 @@ class RunSaver:
         )
         if self._incremental and base is None and name is None:
             self._base, self._base_step = target_of(self._directory, None, step), step
-            self._engine.embedding.clear_touched()
+            self._changed.forget("checkpoint")
         return path
 
     def wait(self) -> None:
@@ -137,12 +140,12 @@ class RunSaver:
         else:
             self.close()
 
-    def _increment_is_worthwhile(self, step: int) -> bool:
+    def _increment_is_worthwhile(self, step: int, shards: Sequence[Shard]) -> bool:
         """Whether there is a base with fewer steps, and few enough rows changed since; the same on every rank."""
         if self._base is None or self._base_step >= step:
             return False
         sizes = np.zeros(2, np.int64)
-        for shard in self._engine.embedding.shards():
+        for shard in shards:
             assert shard.touched is not None
             if not (shard.replicated and self._engine.comm.rank):
                 row_bytes = shard.weight.strides[0]

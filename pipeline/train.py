@@ -22,20 +22,28 @@ if TYPE_CHECKING:
     from pipeline.course import TrainResult
 
 
-def train(config: RunConfig, *, comm: Comm | None = None) -> TrainResult:
+def train(config: RunConfig, *, comm: Comm | None = None, threads: int | None = None) -> TrainResult:
     """Train, evaluate and report (collective); the Python API.
 
     Args:
         config: the run.
         comm: communicator of all ranks; ``None``: this process alone.
+        threads: of this rank; ``None``: its share of the cores.
 
     Raises:
         CrosslaneError: what is wrong with the config, the data or a checkpoint.
     """
     from embedding.comm import SingleComm
+    from pipeline.dedicated import EvaluationRank, assign_roles
     from pipeline.trainer import Trainer
 
-    return Trainer(config, comm=comm or SingleComm(), threads=threads_per_rank()).run()
+    comm, threads = comm or SingleComm(), threads_per_rank() if threads is None else threads
+    if not config.eval.ranks:
+        return Trainer(config, comm=comm, threads=threads).run()
+    roles = assign_roles(config, comm)
+    if roles.trains:
+        return Trainer(config, comm=roles.own, threads=threads, roles=roles).run()
+    return EvaluationRank(config, roles=roles, threads=threads).serve()
 
 
 def main(config: str, *, overrides: Sequence[str] = (), init: str | None = None, debug: bool = False) -> int:
@@ -52,13 +60,11 @@ def main(config: str, *, overrides: Sequence[str] = (), init: str | None = None,
     """
 
     def work(process: Process) -> int:
-        from pipeline.trainer import Trainer
-
         run = load_run_config(config, overrides)
         if init is not None:
             run = replace(run, run=replace(run.run, init=init))
         process.run_directory = Path(run.run.directory)
-        result = Trainer(run, comm=process.comm, threads=process.threads).run()
+        result = train(run, comm=process.comm, threads=process.threads)
         return STOPPED if result.reason == "stopped" else 0
 
     return run_process(work, debug=debug)

@@ -13,12 +13,14 @@ from dlrm.config import RunConfig, to_values
 from dlrm.errors import CommError, CrosslaneError
 from embedding.comm import Comm
 from embedding.heartbeat import Heartbeat
+from pipeline.changed_rows import ChangedRows, Reader
 from pipeline.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
 from pipeline.checkpoint_async import Saved
 from pipeline.config_agreement import agree_config
 from pipeline.course import HIGHER_IS_BETTER, Course, Reason, TrainResult, is_better, planned_samples, planned_steps
+from pipeline.dedicated import Roles, make_evaluations, watched_ranks
 from pipeline.engine import Engine, build_engine
-from pipeline.evaluator import BackgroundEvaluations, Evaluation, final_split
+from pipeline.evaluator import Evaluation, final_split
 from pipeline.feed import TrainingFeed
 from pipeline.flight import Flight
 from pipeline.outcomes import Outcomes, RanOverError
@@ -30,13 +32,20 @@ from pipeline.saving import RunSaver
 from pipeline.schedule import execute, ring_size
 from pipeline.stages import S
 from pipeline.summary import report_of, write_report
+from pipeline.trace import StageClock
 
 
 class Trainer:
     """One run on this rank (all methods are collective)."""
 
-    def __init__(self, config: RunConfig, *, comm: Comm, threads: int) -> None:
+    def __init__(self, config: RunConfig, *, comm: Comm, threads: int, roles: Roles | None = None) -> None:
         """Build the engine; nothing is written yet.
+
+        Args:
+            config: of the run.
+            comm: the ranks that train.
+            threads: of each rank.
+            roles: who evaluates meanwhile; ``None``: the same ranks.
 
         Raises:
             CrosslaneError: the config, the data or the weights to start from are wrong.
@@ -46,9 +55,11 @@ class Trainer:
         self.comm = comm
         self.directory = Path(config.run.directory)
         self.checkpoints = self.directory / "checkpoints"
-        latest = latest_checkpoint(self.checkpoints)
-        self._latest = None if latest is None else open_checkpoint(latest, comm=comm)
-        self.engine: Engine = build_engine(config, comm=comm, threads=threads, saved=self._latest)
+        self._latest = (latest := latest_checkpoint(self.checkpoints)) and open_checkpoint(latest, comm=comm)
+        self._roles = roles
+        self.engine: Engine = build_engine(
+            config, comm=comm, threads=threads, saved=self._latest, local_ranks=roles and roles.topology.local_size
+        )
         self.split = self.engine.dataset.split("train")
         self.steps = planned_steps(config, self.split.rows)
         self.course = Course()
@@ -56,7 +67,9 @@ class Trainer:
         # Of every place of the ring the first batch runs as it is, the second one while it is captured.
         captured = 2 * ring_size(self.engine.train_schedule.rows)
         self._cold_steps = captured if self.engine.device.steps_behind else 1
-        self._evaluations = BackgroundEvaluations(self.engine, self._note_evaluation)
+        readers: list[Reader] = ["checkpoint"] if config.checkpoint.incremental else []
+        self._changed = ChangedRows(self.engine.embedding, [*readers, "evaluation"] if roles else readers)
+        self._evaluations = make_evaluations(self.engine, self._note_evaluation, roles, self._changed)
         self._outcomes = Outcomes(comm, self._evaluations.done, config.optimizer.lr)
         self._ring: list[Flight] = []
         self._decides = config.train.target or config.train.early_stop
@@ -76,9 +89,11 @@ class Trainer:
             self._resume_or_initialise()
             self._began = began - self.course.seconds
             self._write_start()
-            with Heartbeat(self.comm, self.engine.topology, on_lost=self._note_lost), self._make_saver() as self._saver:
+            watched = watched_ranks(self.engine, self._roles)
+            with Heartbeat(*watched, on_lost=self._note_lost), self._make_saver() as self._saver:
                 reason = self.course.ended or self._steps()
                 result = self._finish(reason)
+                self._evaluations.dismiss(result)
             self._close()
             return result
         finally:
@@ -133,6 +148,7 @@ class Trainer:
             run=self.config.name,
             ranks=self.comm.size,
             carrier=self.engine.carrier_name,
+            eval_ranks=self.config.eval.ranks,
             threads=self.engine.threads,
             precision=self.config.precision,
             device=self.engine.device.name,
@@ -231,7 +247,7 @@ class Trainer:
             with self._pause():
                 if self._decides is None:  # nothing waits for the metrics: they come behind the next steps
                     course.evaluated_step = step
-                    self._evaluations.start(self.config.eval.split, step, clock=self._trace.evaluation())
+                    self._evaluations.start(self.config.eval.split, step, clock=self._eval_clock())
                 elif reason := self._judge(self._evaluate(self.config.eval.split)):
                     return reason
         if train.checkpoint_every and step % train.checkpoint_every == 0 and not last:
@@ -290,8 +306,11 @@ class Trainer:
         )
         self._reset_window()
 
-    def _evaluate(self, split: str, *, closing: bool = False) -> Evaluation:
-        return self._evaluations.run(split, self.course.step, clock=self._trace.evaluation(closing=closing))
+    def _evaluate(self, split: str) -> Evaluation:
+        return self._evaluations.run(split, self.course.step, clock=self._eval_clock())
+
+    def _eval_clock(self) -> StageClock | None:
+        return None if self._evaluations.elsewhere else self._trace.evaluation()
 
     def _note_evaluation(self, evaluation: Evaluation, step: int) -> None:
         self._progress.write("eval", step=step, **evaluation.to_values())
@@ -317,7 +336,11 @@ class Trainer:
         return None
 
     def _save(self, name: str | None = None) -> Path:
-        self._evaluations.end()  # a resumed run does not evaluate this step again
+        evaluated_step = self.course.evaluated_step
+        if not self._evaluations.elsewhere:
+            self._evaluations.end()  # a resumed run does not evaluate this step again
+        elif self._evaluations.pending_step == self.course.step:
+            evaluated_step = 0  # but one that others are at would be lost
         self.course.seconds = time.perf_counter() - self._began
         self.course.stages = self.engine.stages.state()
         meta = {
@@ -326,7 +349,7 @@ class Trainer:
             "plan": self.engine.plan.to_values(),
             "ranks": self.comm.size,
             "threads": self.engine.threads,
-            "course": asdict(self.course),
+            "course": {**asdict(self.course), "evaluated_step": evaluated_step},
         }
         return self._saver.save(step=self.course.step, meta=meta, name=name)
 
@@ -337,6 +360,7 @@ class Trainer:
             self.config.checkpoint,
             keep=self.config.train.keep_checkpoints,
             resumed=self._latest,
+            changed=self._changed,
             on_saved=self._note_saved,
         )
         if self.config.train.checkpoint_every:
@@ -347,6 +371,7 @@ class Trainer:
         self._progress.write("save", **saved.to_values())
 
     def _finish(self, reason: Reason) -> TrainResult:
+        self._evaluations.end()
         resumed_at_end = self.course.ended is not None
         self.course.ended = None if reason == "stopped" else reason
         checkpoint = latest_checkpoint(self.checkpoints) if resumed_at_end else None
@@ -357,7 +382,9 @@ class Trainer:
                 checkpoint = self.checkpoints / "best"
                 self._saver.wait()
                 self.engine.load_checkpoint(open_checkpoint(checkpoint, comm=self.comm), states=False)
-            evaluation = self._evaluate(final_split(self.engine), closing=True)
+            evaluation = self._evaluations.run_here(
+                final_split(self.engine), self.course.step, clock=self._trace.evaluation(closing=True)
+            )
             self._trace.write()
             self._saver.wait()  # nothing is reported of a run whose last checkpoint is not on disk
             if self.comm.rank == 0:
