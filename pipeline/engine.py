@@ -168,6 +168,7 @@ def build_engine(
     if config.data.verify and comm.rank == 0:
         dataset.verify()
     topology = discover(comm)
+    sharing = local_ranks or topology.local_size
     nodes = _supposed_nodes(config, comm, topology)
     device = make_device(config, topology, threads)
     model = DenseModel(
@@ -206,13 +207,7 @@ def _join(
 ) -> dict[str, Any]:
     """What an engine has on CPUs."""
     plan, lists = agree_plan(
-        config,
-        dataset,
-        comm=comm,
-        topology=nodes,
-        device=device.host,
-        saved=saved,
-        local_ranks=local_ranks or topology.local_size,
+        config, dataset, comm=comm, topology=nodes, device=device.host, saved=saved, local_ranks=sharing
     )
     # A lane has its own order of collectives, which must not meet those of another one.
     embedding_comm, dense_comm = (comm.split(0, comm.rank) for _ in range(2))

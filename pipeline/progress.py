@@ -3,7 +3,8 @@
 Every line of ``progress.jsonl`` is one object with ``type`` and ``time`` (seconds since the epoch):
 
 ========== =====================================================================================
-``start``  ``run`` (name), ``ranks``, ``steps`` (planned in all), ``samples`` (planned in all),
+``start``  ``run`` (name), ``ranks`` (that train), ``eval_ranks`` (besides), ``steps`` and
+           ``samples`` (planned in all),
            ``step`` (0, or where a resumed run goes on), ``precision``, ``threads`` (per rank),
            ``device`` (rank 0's), ``carrier`` (between GPUs: ``nccl``, ``staged`` or ``none``),
            ``plan`` (``label``, ``nodes``, ``all_to_all``, ``predicted_ms`` of the embedding lane,
