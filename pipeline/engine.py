@@ -168,7 +168,6 @@ def build_engine(
     if config.data.verify and comm.rank == 0:
         dataset.verify()
     topology = discover(comm)
-    sharing = local_ranks or topology.local_size
     nodes = _supposed_nodes(config, comm, topology)
     device = make_device(config, topology, threads)
     model = DenseModel(
@@ -189,7 +188,7 @@ def build_engine(
 
         parts = join_captured(**common, nodes=nodes, saved=saved)
     else:
-        parts = _join(**common, nodes=nodes, saved=saved)
+        parts = _join(**common, nodes=nodes, saved=saved, local_ranks=local_ranks or topology.local_size)
     return Engine(threads=threads, **common, **parts)
 
 
@@ -204,10 +203,11 @@ def _join(
     nodes: Topology,
     optimizer: DenseOptimizer,
     saved: Checkpoint | None,
+    local_ranks: int,
 ) -> dict[str, Any]:
     """What an engine has on CPUs."""
     plan, lists = agree_plan(
-        config, dataset, comm=comm, topology=nodes, device=device.host, saved=saved, local_ranks=sharing
+        config, dataset, comm=comm, topology=nodes, device=device.host, saved=saved, local_ranks=local_ranks
     )
     # A lane has its own order of collectives, which must not meet those of another one.
     embedding_comm, dense_comm = (comm.split(0, comm.rank) for _ in range(2))

@@ -55,10 +55,15 @@ class Trainer:
         self.comm = comm
         self.directory = Path(config.run.directory)
         self.checkpoints = self.directory / "checkpoints"
-        self._latest = (latest := latest_checkpoint(self.checkpoints)) and open_checkpoint(latest, comm=comm)
+        latest = latest_checkpoint(self.checkpoints)
+        self._latest = None if latest is None else open_checkpoint(latest, comm=comm)
         self._roles = roles
         self.engine: Engine = build_engine(
-            config, comm=comm, threads=threads, saved=self._latest, local_ranks=roles and roles.topology.local_size
+            config,
+            comm=comm,
+            threads=threads,
+            saved=self._latest,
+            local_ranks=roles.topology.local_size if roles else None,
         )
         self.split = self.engine.dataset.split("train")
         self.steps = planned_steps(config, self.split.rows)
