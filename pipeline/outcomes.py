@@ -19,13 +19,12 @@ class RanOverError(Exception):
 
     Attributes:
         step: its number.
-        steps: how many were issued for nothing.
-        rows: of all ranks in these steps.
+        rows: of all ranks in the steps that were issued for nothing.
     """
 
-    def __init__(self, step: int, steps: int, rows: int) -> None:
+    def __init__(self, step: int, rows: int) -> None:
         super().__init__(f"step {step}")
-        self.step, self.steps, self.rows = step, steps, rows
+        self.step, self.rows = step, rows
 
 
 class Outcomes:
@@ -71,7 +70,7 @@ class Outcomes:
         while len(self._issued) > behind:
             step, _, outcome = self._issued[0]
             if outcome.overflowed():
-                over = RanOverError(step, len(self._issued), sum(rows for _, rows, _ in self._issued))
+                over = RanOverError(step, sum(rows for _, rows, _ in self._issued))
                 self._issued.clear()
                 raise over
             self._issued.popleft()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from pipeline.flight import Flight
 from pipeline.outcomes import Outcomes, RanOverError
 from pipeline.plan_report import plan_summary
 from pipeline.progress import ProgressWriter
+from pipeline.rate_window import RateWindow
 from pipeline.resumption import check_resumable, rule_changed
 from pipeline.run_trace import RunTrace
 from pipeline.saving import RunSaver
@@ -71,7 +71,7 @@ class Trainer:
         self._trace = RunTrace(config.trace, device=self.engine.device, comm=comm, directory=self.directory)
         # Of every place of the ring the first batch runs as it is, the second one while it is captured.
         captured = 2 * ring_size(self.engine.train_schedule.rows)
-        self._cold_steps = captured if self.engine.device.steps_behind else 1
+        self._window = RateWindow(captured if self.engine.device.steps_behind else 1)
         readers: list[Reader] = ["checkpoint"] if config.checkpoint.incremental else []
         self._changed = ChangedRows(self.engine.embedding, [*readers, "evaluation"] if roles else readers)
         self._evaluations = make_evaluations(self.engine, self._note_evaluation, roles, self._changed)
@@ -170,7 +170,7 @@ class Trainer:
         if self._evaluation_due() and (reason := self._judge(self._evaluate(config.eval.split))):
             return reason  # a stop came between this step and its evaluation
         self._feed = TrainingFeed(engine, self.split)
-        self._reset_window()
+        self._window.reset()
         while True:
             try:
                 return self._steps_on()
@@ -217,10 +217,7 @@ class Trainer:
         engine, flight = self.engine, self._ring[0]
         self.course.step = over.step - 1
         self.course.samples -= over.rows
-        self._window_steps -= over.steps
-        self._window_samples -= over.rows
-        if self._cold_samples:
-            self._reset_window()
+        self._window.take_back(over.rows)
         with (
             self._feed.batches(over.step - 1, over.step) as batches,
             engine.device.streams(("main",)) as streams,
@@ -234,13 +231,12 @@ class Trainer:
         course.step = step = flight.step
         self._trace.after_step(step)
         course.samples += flight.global_rows
-        self._window_steps += 1
-        self._window_samples += flight.global_rows
+        self._window.add(flight.global_rows)
         self._outcomes.add(step, flight.global_rows, self.engine.stages.outcome(flight))
         stopping, scored = self._outcomes.look(self.engine.device.steps_behind)
         if scored:
             self._evaluations.end()
-        self._warm_up(flight)
+        self._window.warm_up(flight.global_rows, lambda: self._outcomes.look(0))
         last = step == self.steps
         if step % train.progress_every == 0 or last or stopping:
             self._outcomes.look(0)
@@ -249,7 +245,7 @@ class Trainer:
             return "stopped"
         if self._evaluation_due():
             self._outcomes.look(0)
-            with self._pause():
+            with self._window.pause():
                 if self._decides is None:  # nothing waits for the metrics: they come behind the next steps
                     course.evaluated_step = step
                     self._evaluations.start(self.config.eval.split, step, clock=self._eval_clock())
@@ -257,18 +253,9 @@ class Trainer:
                     return reason
         if train.checkpoint_every and step % train.checkpoint_every == 0 and not last:
             self._outcomes.look(0)
-            with self._pause():
+            with self._window.pause():
                 self._save()
         return None
-
-    def _warm_up(self, flight: Flight) -> None:
-        """Leave a process's first steps out of the rate: kernels are compiled, and on a GPU measured and captured."""
-        if self._cold_steps:
-            self._cold_steps -= 1
-            if not self._cold_steps:
-                self._outcomes.look(0)
-            self._cold_seconds = time.perf_counter() - self._window_start
-            self._cold_samples += flight.global_rows
 
     def _evaluation_due(self) -> bool:
         every, step = self.config.train.eval_every, self.course.step
@@ -276,23 +263,8 @@ class Trainer:
             return False
         return step != self.steps or self._decides is not None  # else the closing evaluation follows at once
 
-    def _reset_window(self) -> None:
-        self._window_start = time.perf_counter()
-        self._window_steps = self._window_samples = 0
-        self._cold_seconds = 0.0
-        self._cold_samples = 0
-
-    @contextmanager
-    def _pause(self) -> Iterator[None]:
-        """Leave what happens inside out of the training rate."""
-        start = time.perf_counter()
-        yield
-        self._window_start += time.perf_counter() - start
-
     def _write_step(self, flight: Flight, loss: float) -> None:
-        # The first step of a process compiles its kernels where they are not cached, and is left out of the rate.
-        seconds = time.perf_counter() - self._window_start - self._cold_seconds
-        samples = self._window_samples - self._cold_samples
+        samples, seconds = self._window.take()
         self.course.train_seconds += seconds
         self.course.timed_samples += samples
         stages_ms = self._trace.clock.take_ms()
@@ -309,7 +281,6 @@ class Trainer:
             stages_ms=stages_ms,
             **stages.counts(),
         )
-        self._reset_window()
 
     def _evaluate(self, split: str) -> Evaluation:
         return self._evaluations.run(split, self.course.step, clock=self._eval_clock())
