@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -80,11 +81,22 @@ def make_carrier(config: RunConfig, host: Comm, topology: Topology, device: Devi
         )
     own = host.split(0, host.rank)
     if wish == "staged" or bus is None or len(count) < host.size:
+        if wish == "auto" and bus is not None and host.rank == 0:
+            print(sharing_warning(host.size, len(count)), file=sys.stderr, flush=True)
         return Carrier(name="staged", comm=StagedComm(own, device), sharing=sharing)
     from embedding.comm_nccl import NcclComm
 
     nccl = NcclComm(own, device.index)  # type: ignore[attr-defined]
     return Carrier(name="nccl", comm=nccl, close=nccl.close)
+
+
+def sharing_warning(ranks: int, gpus: int) -> str:
+    """What is said where ranks share GPUs, and nobody has asked for the carrier that this takes."""
+    return (
+        f"warning: {ranks} ranks have {gpus} GPU{'s' * (gpus > 1)}, so that what they exchange goes through the host's "
+        f"memory, many times slower than between GPUs; start {gpus} rank{'s' * (gpus > 1)}, one for each GPU, or set "
+        "cuda.carrier: staged if this is meant"
+    )
 
 
 def build_captured(
