@@ -132,10 +132,17 @@ def build_captured(
         table_dtype=DTYPES[config.table_precision],
         seed=config.seed,
         first=first,
-        # Sorting needs the keys alone and runs beside the dense lane; the update of sorted rows is then faster than
-        # adding gradients to the rows as they come. In sequence both take as long (benchmarks/RESULTS.md).
-        deterministic=config.deterministic or (config.overlap.train is not False and config.overlap.depth > 1),
+        deterministic=sorts_first(config),
     )
+
+
+def sorts_first(config: RunConfig) -> bool:
+    """Whether keys are brought into the order of their rows beside an earlier batch, and gradients summed by row.
+
+    Sorting needs the keys alone; the update of sorted rows is then faster than adding gradients to the rows as they
+    come. In sequence both take as long (benchmarks/RESULTS.md).
+    """
+    return config.deterministic or (config.overlap.train is not False and config.overlap.depth > 1)
 
 
 def _exchanged(
@@ -154,7 +161,7 @@ def _exchanged(
         table_dtype=DTYPES[config.table_precision],
         seed=config.seed,
         first=first,
-        deterministic=config.deterministic,
+        deterministic=sorts_first(config),
         exchange_precision=config.embedding.exchange_precision,
         shares=room.shares,
         sigmas=room.sigmas,
@@ -220,12 +227,19 @@ def guarded(schedule: Schedule, stages: CudaStages) -> Schedule:
     """With dynamic loss scaling, tables too are updated only once all gradients are known to be finite."""
     if not stages.dynamic:
         return schedule
-    rows = list(schedule.rows)
-    update = next(row for row in rows if row.stage == S.sparse_update)
-    if update.stream != "main":
-        update_after = replace(update, after=(*update.after, S.reduce_dense))
-        rows = [update_after if row is update else row for row in rows]
-    return Schedule(tuple(rows), schedule.reason)
+    rows = {row.stage: row for row in schedule.rows}
+    update = rows[S.sparse_update]
+    if update.stream == "main":
+        return schedule
+    rows[S.sparse_update] = replace(update, after=(*update.after, S.reduce_dense))
+    # What a row waits for is issued before it: the update and the look-up of updated rows go behind the reduction.
+    order = list(rows)
+    between = order[order.index(S.sparse_update) : order.index(S.reduce_dense)]
+    late = [stage for stage in between if stage in {S.sparse_update, S.lookup, S.output_dist}]
+    order = [stage for stage in order if stage not in late]
+    at = order.index(S.reduce_dense) + 1
+    order[at:at] = late
+    return Schedule(tuple(rows[stage] for stage in order), schedule.reason)
 
 
 def looking_up_beside(schedule: Schedule) -> Schedule:
@@ -276,7 +290,8 @@ def join_captured(
         config, model=model, embedding=embedding, carrier=carrier, device=device, layout=dataset.layout,
         optimizer=optimizer,
     )  # fmt: skip
-    train, evaluation = choose(config.overlap, "train", None), choose(config.overlap, "eval", None)
+    train = choose(config.overlap, "train", None, exchanged=carrier.comm is not None)
+    evaluation = choose(config.overlap, "eval", None)
     return {
         "plan": plan,
         "lists": {},

@@ -10,6 +10,7 @@ from dlrm.config import OverlapConfig
 from pipeline.schedule import (
     EVAL_OVERLAPPED,
     EVAL_SEQUENTIAL,
+    TRAIN_EXCHANGED,
     TRAIN_OVERLAPPED,
     TRAIN_SEQUENTIAL,
     Row,
@@ -41,15 +42,20 @@ class Schedule:
         return {"overlapped": self.overlapped, "depth": ring_size(self.rows), "reason": self.reason}
 
 
-def choose(config: OverlapConfig, what: Literal["train", "eval"], no_gain: str | None) -> Schedule:
+def choose(
+    config: OverlapConfig, what: Literal["train", "eval"], no_gain: str | None, *, exchanged: bool = False
+) -> Schedule:
     """The schedule of training or of evaluation.
 
     Args:
         config: what was asked for.
         what: which of the two.
         no_gain: why overlap is predicted to gain nothing here; ``None``: it gains.
+        exchanged: several GPUs train, whose rows travel at the end of the step before.
     """
     sequential, overlapped = _TABLES[what]
+    if exchanged and what == "train":
+        overlapped = TRAIN_EXCHANGED
     wish = getattr(config, what)
     if not wish:
         return Schedule(tuple(sequential), f"overlap.{what} is off")

@@ -51,6 +51,25 @@ TRAIN_OVERLAPPED = (
     Row(S.dense_update, "dense", after=(S.reduce_dense,)),
 )
 
+# On several GPUs the rows of batch i + 1 travel once batch i has updated them, so that none is stale, and beside weight
+# gradients: the next step begins with rows that are there.
+TRAIN_EXCHANGED = (
+    Row(S.upload, "copy", ahead=3),
+    Row(S.input_dist, "comm", after=(S.upload,), ahead=1),
+    Row(S.bottom_forward, "dense", after=(S.upload,)),
+    Row(S.top_forward, "dense", after=(S.output_dist,)),
+    Row(S.loss, "dense"),
+    Row(S.top_backward, "dense"),
+    Row(S.grad_dist, "comm", after=(S.top_backward,)),
+    Row(S.sparse_update, "embedding", after=(S.grad_dist,)),
+    Row(S.lookup, "embedding", after=(S.input_dist,), ahead=1),
+    Row(S.output_dist, "comm", after=(S.lookup,), ahead=1),
+    Row(S.bottom_backward, "dense"),
+    Row(S.top_weight_backward, "dense"),
+    Row(S.reduce_dense, "comm", after=(S.top_weight_backward,)),
+    Row(S.dense_update, "dense", after=(S.reduce_dense,)),
+)
+
 # The dense part of batch i beside the whole embedding lane of batch i + 1; one deeper, beside the keys of i + 2 too.
 EVAL_OVERLAPPED = (
     Row(S.upload, "copy", ahead=3),

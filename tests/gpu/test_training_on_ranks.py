@@ -18,7 +18,7 @@ from embedding.captured_exchange import ExchangedEmbedding
 from pipeline import engine_cuda
 from pipeline.flight import Flight
 from pipeline.manifest import TableInfo
-from pipeline.schedule import EVAL_OVERLAPPED, TRAIN_OVERLAPPED
+from pipeline.schedule import EVAL_OVERLAPPED, TRAIN_EXCHANGED, TRAIN_OVERLAPPED
 from pipeline.stages import S
 from pipeline.stages_cuda import CudaStages
 from pipeline.trainer import TrainResult
@@ -200,7 +200,7 @@ def test_a_batch_that_fills_some_ranks_shares_alone_is_not_whole() -> None:
         assert flight.whole is (rows == 8)
 
 
-@pytest.mark.parametrize("rows", [TRAIN_OVERLAPPED, EVAL_OVERLAPPED])
+@pytest.mark.parametrize("rows", [TRAIN_OVERLAPPED, TRAIN_EXCHANGED, EVAL_OVERLAPPED])
 def test_one_stream_has_all_exchanges(rows: Any) -> None:
     """So that one communicator serves them."""
     exchanges = {S.input_dist, S.output_dist, S.grad_dist, S.reduce_dense}

@@ -11,6 +11,7 @@ import pytest
 from pipeline.schedule import (
     EVAL_OVERLAPPED,
     EVAL_SEQUENTIAL,
+    TRAIN_EXCHANGED,
     TRAIN_OVERLAPPED,
     TRAIN_SEQUENTIAL,
     at_depth,
@@ -24,7 +25,7 @@ import clocked_device
 from clocked_device import faults_of
 
 DEPTHS = range(1, 5)
-OVERLAPPED = {"train": TRAIN_OVERLAPPED, "eval": EVAL_OVERLAPPED}
+OVERLAPPED = {"train": TRAIN_OVERLAPPED, "train on GPUs": TRAIN_EXCHANGED, "eval": EVAL_OVERLAPPED}
 WAITS = [
     pytest.param(rows, index, wait, id=f"{name}: {row.stage} after {wait}")
     for name, rows in OVERLAPPED.items()
@@ -62,6 +63,18 @@ def test_a_ring_too_short_is_caught(name, monkeypatch):
     """Batches further ahead than the ring is long overwrite what is still read."""
     monkeypatch.setattr(clocked_device, "ring_size", lambda rows: ring_size(rows) - 1)
     assert faults_of(at_depth(OVERLAPPED[name], 3), 9)
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4])
+def test_rows_that_travel_before_the_last_update_are_caught(depth):
+    """Of the next batch, issued before this one's update."""
+    rows = list(at_depth(TRAIN_EXCHANGED, depth))
+    early = [row for row in rows if row.stage in {S.lookup, S.output_dist}]
+    assert all(row.ahead == 1 for row in early)
+    rest = [row for row in rows if row not in early]
+    at = next(place for place, row in enumerate(rest) if row.stage == S.sparse_update)
+    faults = faults_of((*rest[:at], *early, *rest[at:]), 5)
+    assert any(fault.startswith("lookup 1 reads weights.tables") for fault in faults)
 
 
 def test_a_look_up_before_the_last_update_is_caught():

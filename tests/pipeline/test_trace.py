@@ -18,7 +18,7 @@ from embedding.comm import SingleComm
 from pipeline.lanes_chart import caption, lanes_chart
 from pipeline.profiler import nvtx_ranges
 from pipeline.run_trace import read_lanes
-from pipeline.schedule import EVAL_OVERLAPPED, TRAIN_OVERLAPPED, TRAIN_SEQUENTIAL, at_depth, execute, ring_size
+from pipeline.schedule import EVAL_OVERLAPPED, TRAIN_EXCHANGED, TRAIN_OVERLAPPED, TRAIN_SEQUENTIAL, at_depth, execute, ring_size
 from pipeline.stages import S
 from pipeline.trace import (
     Run,
@@ -160,7 +160,7 @@ def test_a_lane_that_did_nothing_has_no_ratio():
     assert overlap_of([Run(S.lookup, "main", 0, 0, 0.0, 1.0)])["ratio"] is None
 
 
-@pytest.mark.parametrize("rows", [TRAIN_SEQUENTIAL, at_depth(TRAIN_OVERLAPPED, 3), at_depth(EVAL_OVERLAPPED, 3)])
+@pytest.mark.parametrize("rows", [TRAIN_SEQUENTIAL, at_depth(TRAIN_EXCHANGED, 3), at_depth(EVAL_OVERLAPPED, 3)])
 def test_the_trace_is_in_chromes_format_and_says_what_ran(rows):
     device = TickingDevice()
     timeline = Timeline(device, {3, 4, 5}, 1)
