@@ -24,6 +24,7 @@ from dlrm.errors import ConfigError
 from dlrm.scalars import OVERFLOW, SIZE, UNSCALE
 from embedding.batch import check_arrays, check_trains
 from embedding.captured_placement import SIGMAS, longer, pair_capacities, place_tables
+from embedding.captured_sums import CapturedSums
 from embedding.captured_update import CapturedUpdate
 from embedding.comm import Comm
 from embedding.exchange_buffers import ExchangeBuffers, wire_type
@@ -32,9 +33,7 @@ from embedding.node_route import NodeRoute, Nodes
 from embedding.pair_lists import PairLists, count_pairs, list_pairs
 from embedding.placement import Plan
 from embedding.row_moves import move_rows
-from embedding.row_sort import RowSort, sort_rows
 from embedding.runs import UnitUpdate
-from embedding.sorted_update import origins_of, update_sorted, update_summed
 from embedding.sparse_optim import mark_touched, sgd_one_hot
 from embedding.store_mirrors import StoreMirrors
 from embedding.table import Shard
@@ -110,12 +109,8 @@ class ExchangedEmbedding:
             plan, rank=comm.rank, first=first, device=device, optimizer=optimizer, dtype=table_dtype, seed=seed,
             own_pads=not adds or hierarchical, frequent_pads=deterministic, order=order,
         )  # fmt: skip
-        store, xp = self._placed.store, device.xp
         self._adds = adds
-        self._origins = xp.asarray(origins_of(store.shards))
-        self._sums_of_tables = xp.asarray(np.zeros(len(self.specs), np.bool_))
-        # The sums of replicated rows' gradients; one row more for the keys of other rows.
-        self._sums = device.zeros((self._placed.frequent + 1, self._dim), np.float32)
+        self._sums = CapturedSums(self._placed, device, comm, optimizer.kind, ordered=deterministic)
         self._unit = UnitUpdate.create(device)
         self._touched: Array | None = None
         self._mirrors = StoreMirrors(device, self._placed.shards())
@@ -203,7 +198,7 @@ class ExchangedEmbedding:
         capacities: tuple[int, ...],
         distinct: Sequence[int] | None,
     ) -> ExchangeBuffers:
-        device, placed, dim = self._device, self._placed, self._dim
+        device, placed = self._device, self._placed
         trains = grad_vectors is not None
         relay, size = (None, 0) if self._nodes is None or not trains else self._nodes.relays(capacities)
         lists = PairLists.create(
@@ -220,10 +215,7 @@ class ExchangedEmbedding:
             self._optimizer, placed.flat, np.zeros(1, np.bool_), np.zeros(1, np.int64), max(1, len(buffers.route.keys)),
             one_hot=True, weighted=False, deterministic=self._deterministic, device=device,
         )  # fmt: skip
-        if self._deterministic:
-            buffers.order = RowSort.create(
-                device, max(1, len(self.specs) * capacity), placed.frequent + 1, dim, weighted=False
-            )
+        buffers.order = self._sums.order(capacity)
         return buffers
 
     def _route(self, lists: PairLists, wire: Any, distinct: Sequence[int] | None, *, trains: bool) -> Route:
@@ -261,12 +253,7 @@ class ExchangedEmbedding:
         route.prepare()
         if count := self._named(buffers):
             buffers.update.prepare(route.keys[:count], unit.no_offsets, unit.no_weights, count)
-        if buffers.order is not None and rows:
-            keys = lists.frequent[: len(self.specs) * rows]
-            call(
-                self._device, sort_rows, layout.frequent_start, keys, unit.no_offsets, unit.no_weights, rows,
-                self._placed.frequent + 1, buffers.order,
-            )  # fmt: skip
+        self._sums.prepare(lists, rows, buffers.order)
 
     def lookup(self, buffers: ExchangeBuffers, *, local: bool = True) -> None:
         """Put the rows that others ask for side by side, and with ``local`` those that lie here into the vectors."""
@@ -295,28 +282,7 @@ class ExchangedEmbedding:
         """
         check_trains(buffers.grad_vectors)
         buffers.route.inward(self._flat(buffers.grad_vectors), buffers.scale(self.comm.size), own=not self._adds)
-        if self._placed.frequent:
-            self._sum_frequent(buffers)
-            self.comm.all_reduce(self._sums[: self._placed.frequent]).wait()
-
-    def _sum_frequent(self, buffers: ExchangeBuffers) -> None:
-        """Add this rank's gradients of replicated rows up, row by row."""
-        rows, layout, lists, unit = buffers.num_rows, self._placed.layout, buffers.lists, self._unit
-        self._sums.fill(0)
-        if not rows:
-            return
-        keys = lists.frequent[: len(self.specs) * rows]
-        if buffers.order is None:
-            call(
-                self._device, sgd_one_hot, self._sums, layout.frequent_start, keys, layout.place, rows,
-                buffers.grad_vectors, unit.scalars, unit.guard,
-            )  # fmt: skip
-            return
-        call(
-            self._device, update_sorted, "sgd", self._sums, [], layout.frequent_start, keys, unit.no_offsets,
-            unit.no_weights, self._sums_of_tables, layout.place, rows, buffers.grad_vectors, self._origins,
-            unit.scalars, unit.guard, buffers.order,
-        )  # fmt: skip
+        self._sums.reduce(buffers.lists, buffers.num_rows, buffers.order, buffers.grad_vectors)
 
     def sparse_update(self, buffers: ExchangeBuffers, scalars: Array, guard: Array) -> None:
         """Update the rows that the global batch looked up, from gradients times the loss scale.
@@ -341,11 +307,7 @@ class ExchangedEmbedding:
             update.update(
                 route.keys[:count], unit.no_offsets, unit.no_weights, count, route.gradients[:, None], scalars, told
             )
-        if placed.frequent:
-            call(
-                self._device, update_summed, self._optimizer.kind, store.weight, list(store.state.values()),
-                self._sums[: placed.frequent], lists.touched, self._origins, scalars, guard,
-            )  # fmt: skip
+        self._sums.update(lists, scalars, guard)
         self._note_touched(buffers)
 
     def _note_touched(self, buffers: ExchangeBuffers) -> None:
@@ -374,7 +336,7 @@ class ExchangedEmbedding:
     def bytes_sent(self, buffers: ExchangeBuffers) -> dict[str, int]:
         """Bytes that a batch sends to other ranks, as ``HybridEmbedding.bytes_sent`` counts them."""
         size, row_bytes = self.comm.size, self._dim * buffers.route.gradients.dtype.itemsize
-        reduced, (outward, inward) = 4 * self._placed.frequent * self._dim, buffers.route.sent_rows
+        reduced, (outward, inward) = self._sums.num_bytes, buffers.route.sent_rows
         return {
             "input_dist": 0,
             "output_dist": outward * row_bytes,

@@ -130,7 +130,8 @@ KERNEL void __launch_bounds__(THREADS) list_owners(
     const int* __restrict__ frequent_pad, int num_places, int ranks, int bits, int rank, int own_pad, int num_tables,
     uint32 global_rows, uint32 chunks, const int* __restrict__ capacity, const int* __restrict__ asked_start,
     const int* __restrict__ chunk_of, const uint32* __restrict__ counts, const uint32* __restrict__ totals, int* __restrict__ asked,
-    int* __restrict__ given, int* __restrict__ local, int* __restrict__ frequent, int* __restrict__ own_rows,
+    int* __restrict__ given, int* __restrict__ local, int* __restrict__ sources, int* __restrict__ slots,
+    int with_sources, int* __restrict__ frequent, uint32* __restrict__ replicated, int* __restrict__ own_rows,
     int with_own, unsigned char* __restrict__ touched, const int64* __restrict__ relay_row_start,
     const int* __restrict__ relay_start, int* __restrict__ relay, int with_relay) {
   DYNAMIC_SHARED(shared);
@@ -149,6 +150,11 @@ KERNEL void __launch_bounds__(THREADS) list_owners(
   const int table_owner = owner[tile.table], own_capacity = capacity[rank], own_place = int(place[tile.table]);
   const int chunk = chunk_of[tile.rank];
   const int64 own_rows_of_batch = start_of(global_rows, ranks, rank + 1) - start_of(global_rows, ranks, rank);
+  if (index == 0 && lane == 0) {
+    uint32 others = 0;
+    for (int o = 0; o < ranks; ++o) others += totals[o * ranks + rank];
+    *replicated = uint32(num_tables * own_rows_of_batch) - others;
+  }
   for (int round = 0; round < tile.count; round += LANES) {
     const int k = round + lane;
     const bool inside = k < tile.count;
@@ -171,8 +177,16 @@ KERNEL void __launch_bounds__(THREADS) list_owners(
     if (!mine) continue;
     const int64 row = tile.row + k, item = tile.table * own_rows_of_batch + row;
     const int64 at_place = row * num_places + own_place;
-    if (o >= 0 && at < uint32(capacity[o])) asked[asked_start[o] + at] = int(at_place);
-    local[at_place] = o < 0 ? int(first_frequent + key) : o == rank ? int(first_own + beyond) : -1;
+    const bool fits = o >= 0 && at < uint32(capacity[o]);
+    const int slot = fits ? int(asked_start[o] + at) : -1;
+    if (fits) asked[slot] = int(at_place);
+    const int here = o < 0 ? int(first_frequent + key) : o == rank ? int(first_own + beyond) : -1;
+    if (with_sources) {
+      sources[item] = here >= 0 ? here : fits ? ~slot : 0;  // any row for what did not fit: the batch is run again
+      slots[item] = o == rank && with_own ? -1 : slot;
+    } else {
+      local[at_place] = here;
+    }
     frequent[item] = o < 0 ? int(key) : frequent_pad[tile.table];
     if (with_own) own_rows[item] = o == rank ? int(beyond) : -1;
   }

@@ -85,8 +85,13 @@ class PairLists:
         asked: [sum C_o] int32: place ``b * F + place[t]`` in the vectors of each row that this rank gets; -1: none.
         given: [W * C_rank] int32: store row of each row that a rank gets from this one; padded. Chunks of this and of
             ``asked`` are in the layout's order.
-        local: [B * F] int32: store row of a place whose row lies here; -1: it travels.
+        local: [B * F] int32: store row of a place whose row lies here; -1: it travels. Empty with ``sources``.
+        sources: [T * B] int32: store row of a key whose row lies here; of others ``~i``, the i-th that is asked for.
+            May be empty: nobody asks.
+        slots: [T * B] int32: the place in ``asked`` of keys whose gradients travel or are this rank's own, unless
+            ``own`` lists these; else -1. Empty as ``sources``.
         frequent: [T * B] int32: keys whose rows are replicated, else ``frequent_pad``.
+        replicated: [1] uint32: how many these are.
         own: [T * B] int32: row relative to ``own_start`` of keys whose rows this rank owns, else -1; may be empty:
             nobody asks.
         touched: [H] uint8: 1 for the replicated rows that the global batch looks up.
@@ -103,7 +108,10 @@ class PairLists:
     asked: Array
     given: Array
     local: Array
+    sources: Array
+    slots: Array
     frequent: Array
+    replicated: Array
     own: Array
     touched: Array
     relay_start: Array
@@ -118,6 +126,7 @@ class PairLists:
         capacities: Sequence[int],
         *,
         own: bool,
+        listed: bool = False,
         relay_start: Array | None = None,
         relay_size: int = 0,
     ) -> PairLists:
@@ -129,6 +138,7 @@ class PairLists:
             rows: most rows of one rank.
             capacities: C_o of each rank.
             own: whether ``own`` is asked for.
+            listed: whether ``sources`` and ``slots`` are, instead of ``local``.
             relay_start: [W, W] of the host; ``None``: no list of what others exchange.
             relay_size: of these lists.
         """
@@ -139,7 +149,7 @@ class PairLists:
         def words(size: int) -> Any:
             return device.zeros(max(1, size), np.int32)[:size]
 
-        local = words(rows * layout.num_places)
+        local = words(0 if listed else rows * layout.num_places)
         local.fill(NOWHERE)
         return cls(
             capacities=tuple(capacities),
@@ -151,7 +161,10 @@ class PairLists:
             asked=words(sum(capacities)),
             given=words(ranks * capacities[rank]),
             local=local,
+            sources=words(tables * rows if listed else 0),
+            slots=words(tables * rows if listed else 0),
             frequent=words(tables * rows),
+            replicated=device.zeros(1, np.uint32),
             own=words(tables * rows if own else 0),
             touched=device.zeros(max(1, layout.frequent), np.uint8)[: layout.frequent],
             relay_start=xp.asarray(np.full((ranks, ranks), -1, np.int32) if relay_start is None else relay_start),
@@ -202,8 +215,8 @@ def list_pairs(keys: Array, global_rows: int, layout: PairLayout, lists: PairLis
         keys: as ``count_pairs`` had them.
         global_rows: G.
         layout: of the tables.
-        lists: after ``count_pairs``; everything else is written, of ``local``, ``frequent`` and ``own`` the places of
-            the batch's rows. ``touched`` has to be 0 before, ``relay`` all ``relay_pad``.
+        lists: after ``count_pairs``; everything else is written, of ``local``, ``sources``, ``slots``, ``frequent`` and
+            ``own`` the places of the batch's rows. ``touched`` has to be 0 before, ``relay`` all ``relay_pad``.
     """
     tables, ranks, rank = len(layout.threshold), layout.ranks, layout.rank
     keys = keys[: tables * global_rows].reshape(tables, global_rows).astype(np.int64)
@@ -238,16 +251,24 @@ def _list_relay(other: int, owners: Array, beyond: Array, layout: PairLayout, li
 
 def _list_own(keys: Array, owners: Array, beyond: Array, layout: PairLayout, lists: PairLists) -> None:
     """What concerns this rank's own rows of the batch: [T, B] keys, owners and rows relative to ``own_start``."""
+    slots = np.full(keys.shape, NOWHERE, np.int64)
     for owner in range(layout.ranks):
         table, row = np.nonzero(owners == owner)
         begin, kept = int(lists.asked_start[owner]), min(len(table), lists.capacities[owner])
         lists.asked[begin : begin + kept] = (row * layout.num_places + layout.place[table])[:kept]
+        slots[table[:kept], row[:kept]] = begin + np.arange(kept)
     frequent, mine = owners == REPLICATED, owners == layout.rank
+    lists.replicated[0] = frequent.sum()
     store = np.where(
         frequent, layout.frequent_start[:, None] + keys, np.where(mine, layout.own_start[:, None] + beyond, NOWHERE)
     )
     rows = keys.shape[1]
-    lists.local[: rows * layout.num_places].reshape(rows, layout.num_places)[:, layout.place] = store.T
+    if len(lists.sources):
+        # What did not fit its list is any row: the batch is run again.
+        lists.sources[: keys.size] = np.where(store >= 0, store, np.where(slots >= 0, ~slots, 0)).reshape(-1)
+        lists.slots[: keys.size] = np.where(mine & (len(lists.own) > 0), NOWHERE, slots).reshape(-1)
+    else:
+        lists.local[: rows * layout.num_places].reshape(rows, layout.num_places)[:, layout.place] = store.T
     lists.frequent[: keys.size] = np.where(frequent, keys, layout.frequent_pad[:, None]).reshape(-1)
     if len(lists.own):
         lists.own[: keys.size] = np.where(mine, beyond, NOWHERE).reshape(-1)

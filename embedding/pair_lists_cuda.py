@@ -40,6 +40,7 @@ def list_pairs(keys: Any, global_rows: int, layout: PairLayout, lists: PairLists
     if blocks == 0:
         lists.asked.fill(-1)
         lists.given.fill(layout.own_pad)
+        lists.replicated.fill(0)
         return
     ranks = layout.ranks
     load(SOURCE, "list_owners", (("KEY", c_type(keys)),))(
@@ -47,8 +48,9 @@ def list_pairs(keys: Any, global_rows: int, layout: PairLayout, lists: PairLists
         layout.frequent_pad, np.int32(layout.num_places), np.int32(ranks), _bits(ranks), np.int32(layout.rank),
         np.int32(layout.own_pad), np.int32(tables), np.uint32(global_rows), np.uint32(chunks), lists.capacity,
         lists.asked_start, layout.chunk_of, lists.counts, lists.totals, lists.asked, lists.given, lists.local,
-        lists.frequent, lists.own, np.int32(len(lists.own) > 0), lists.touched, layout.relay_row_start,
-        lists.relay_start, lists.relay, np.int32(len(lists.relay) > 0), shared_bytes=4 * _WARPS * ranks,
+        lists.sources, lists.slots, np.int32(len(lists.sources) > 0), lists.frequent, lists.replicated, lists.own,
+        np.int32(len(lists.own) > 0), lists.touched, layout.relay_row_start, lists.relay_start, lists.relay,
+        np.int32(len(lists.relay) > 0), shared_bytes=4 * _WARPS * ranks,
     )  # fmt: skip
 
 

@@ -63,7 +63,10 @@ def some_layout(rng: np.random.Generator, ranks: int, sizes: list[int], pads: bo
     ("ranks", "global_rows", "room"),
     [(1, 40, 1.0), (2, 1300, 1.0), (3, 1601, 0.8), (8, 4200, 1.0), (5, 3, 1.0), (40, 700, 1.0)],
 )  # fmt: skip
-def test_lists(machine: Any, ranks: int, global_rows: int, room: float, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("listed", [False, True])
+def test_lists(
+    machine: Any, ranks: int, global_rows: int, room: float, listed: bool, rng: np.random.Generator
+) -> None:
     sizes = [1, 900, 40, 30_000]
     layout = some_layout(rng, ranks, sizes, bool(rng.integers(2)))
     keys = np.stack([(size * rng.random(global_rows) ** 2) for size in sizes]).astype(rng.choice(["int32", "int64"]))
@@ -77,10 +80,11 @@ def test_lists(machine: Any, ranks: int, global_rows: int, room: float, rng: np.
             relay[owner, asking] = size
             size += capacities[owner]
     expected = PairLists.create(
-        HOST, layout, rows, capacities, own=bool(rng.integers(2)), relay_start=relay, relay_size=size
+        HOST, layout, rows, capacities, own=bool(rng.integers(2)), listed=listed, relay_start=relay, relay_size=size
     )
     expected.relay.fill(layout.relay_pad)
-    poison = {"counts": 77, "totals": 77, "flag": 77, "asked": 77, "given": 77, "frequent": 77, "own": 77}
+    names = ("counts", "totals", "flag", "asked", "given", "frequent", "own", "sources", "slots", "replicated")
+    poison = dict.fromkeys(names, 77)
     found = on_machine(machine, expected, **poison)
     there, moved = on_machine(machine, layout), machine.array(keys.reshape(-1))
     pair_lists_cuda.count_pairs(moved, global_rows, there, found)
@@ -90,9 +94,9 @@ def test_lists(machine: Any, ranks: int, global_rows: int, room: float, rng: np.
     pair_lists_cuda.list_pairs(moved, global_rows, there, found)
     list_pairs(keys.reshape(-1), global_rows, layout, expected)
     mine = len(sizes) * share_of(global_rows, ranks, layout.rank)
-    for name in ("asked", "given", "local", "touched", "relay"):
+    for name in ("asked", "given", "local", "touched", "relay", "replicated"):
         np.testing.assert_array_equal(machine.host(getattr(found, name)), getattr(expected, name), err_msg=name)
-    for name in ("frequent", "own"):
+    for name in ("frequent", "own", "sources", "slots"):
         np.testing.assert_array_equal(machine.host(getattr(found, name))[:mine], getattr(expected, name)[:mine])
 
 

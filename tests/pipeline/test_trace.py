@@ -18,7 +18,15 @@ from embedding.comm import SingleComm
 from pipeline.lanes_chart import caption, lanes_chart
 from pipeline.profiler import nvtx_ranges
 from pipeline.run_trace import read_lanes
-from pipeline.schedule import EVAL_OVERLAPPED, TRAIN_EXCHANGED, TRAIN_OVERLAPPED, TRAIN_SEQUENTIAL, at_depth, execute, ring_size
+from pipeline.schedule import (
+    EVAL_OVERLAPPED,
+    TRAIN_EXCHANGED,
+    TRAIN_OVERLAPPED,
+    TRAIN_SEQUENTIAL,
+    at_depth,
+    execute,
+    ring_size,
+)
 from pipeline.stages import S
 from pipeline.trace import (
     Run,

@@ -1,0 +1,121 @@
+"""Gradients of the rows that lie on every GPU: summed row by row on each rank, then over all ranks.
+
+Shapes: T tables of one key a bag, B rows of this rank, F places of the vectors, D columns, H replicated rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dlrm.device import Array, Device
+from embedding.captured_placement import CapturedPlacement
+from embedding.comm import Comm
+from embedding.exchange_route import call
+from embedding.pair_lists import PairLists
+from embedding.row_sort import COUNT, RowSort, sort_rows
+from embedding.runs import UnitUpdate
+from embedding.sorted_update import origins_of, update_sorted, update_summed
+from embedding.sparse_optim import sgd_one_hot
+
+
+class CapturedSums:
+    """The sums, which one batch uses at a time.
+
+    Args:
+        placed: what this rank holds.
+        device: holds it.
+        comm: the ranks.
+        kind: of the tables' optimiser.
+        ordered: rows are brought into order first (``prepare``), and a sum has the same bits every time; otherwise
+            gradients are added as they come.
+    """
+
+    def __init__(self, placed: CapturedPlacement, device: Device, comm: Comm, kind: str, *, ordered: bool) -> None:
+        self._placed, self._device, self._comm, self._kind, self._ordered = placed, device, comm, kind, ordered
+        xp, store = device.xp, placed.store
+        self._tables, self._dim = len(placed.layout.threshold), store.weight.shape[1]
+        self._origins = xp.asarray(origins_of(store.shards))
+        self._mean = xp.asarray(np.zeros(self._tables, np.bool_))
+        # One row more for the keys of other rows.
+        self._sums = device.zeros((placed.frequent + 1, self._dim), np.float32)
+        self._unit = UnitUpdate.create(device)
+
+    @property
+    def num_bytes(self) -> int:
+        """What all ranks sum."""
+        return 4 * self._placed.frequent * self._dim
+
+    def order(self, rows: int) -> RowSort | None:
+        """Room for the order of a batch's keys; ``None``: nobody asks.
+
+        Args:
+            rows: most rows of this rank.
+        """
+        if not (self._ordered and self._placed.frequent):
+            return None
+        keys = max(1, self._tables * rows)
+        return RowSort.create(self._device, keys, self._placed.frequent + 1, self._dim, weighted=False)
+
+    def prepare(self, lists: PairLists, rows: int, order: RowSort | None) -> None:
+        """Bring a batch's keys into order.
+
+        Args:
+            lists: of the batch.
+            rows: B.
+            order: written.
+        """
+        if order is None or not rows:
+            return
+        unit, frequent = self._unit, lists.frequent[: self._tables * rows]
+        call(
+            self._device, sort_rows, self._placed.layout.frequent_start, frequent, unit.no_offsets, unit.no_weights,
+            rows, self._placed.frequent + 1, order,
+        )  # fmt: skip
+        # Keys of other rows stand for the last one, and so behind all that are summed.
+        order.info[COUNT : COUNT + 1] = lists.replicated
+
+    def reduce(self, lists: PairLists, rows: int, order: RowSort | None, gradients: Array) -> None:
+        """Sum a batch's gradients (collective).
+
+        Args:
+            lists: of the batch.
+            rows: B.
+            order: as ``prepare`` left it.
+            gradients: [B or more, F, D]; those of other rows are not looked at.
+        """
+        if not self._placed.frequent:
+            return
+        self._sums.fill(0)
+        if rows:
+            self._sum(lists.frequent[: self._tables * rows], rows, order, gradients)
+        self._comm.all_reduce(self._sums[: self._placed.frequent]).wait()
+
+    def _sum(self, keys: Array, rows: int, order: RowSort | None, gradients: Array) -> None:
+        layout, unit = self._placed.layout, self._unit
+        if order is None:
+            call(
+                self._device, sgd_one_hot, self._sums, layout.frequent_start, keys, layout.place, rows, gradients,
+                unit.scalars, unit.guard,
+            )  # fmt: skip
+            return
+        call(
+            self._device, update_sorted, "sgd", self._sums, [], layout.frequent_start, keys, unit.no_offsets,
+            unit.no_weights, self._mean, layout.place, rows, gradients, self._origins, unit.scalars, unit.guard, order,
+        )  # fmt: skip
+
+    def update(self, lists: PairLists, scalars: Any, guard: Any) -> None:
+        """Update the rows that the global batch looked up.
+
+        Args:
+            lists: of the batch.
+            scalars: see ``dlrm.scalars``.
+            guard: see ``dlrm.scalars``.
+        """
+        store, frequent = self._placed.store, self._placed.frequent
+        if frequent:
+            call(
+                self._device, update_summed, self._kind, store.weight, list(store.state.values()),
+                self._sums[:frequent], lists.touched, self._origins, scalars, guard,
+            )  # fmt: skip
