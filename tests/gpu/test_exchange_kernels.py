@@ -64,9 +64,7 @@ def some_layout(rng: np.random.Generator, ranks: int, sizes: list[int], pads: bo
     [(1, 40, 1.0), (2, 1300, 1.0), (3, 1601, 0.8), (8, 4200, 1.0), (5, 3, 1.0), (40, 700, 1.0)],
 )  # fmt: skip
 @pytest.mark.parametrize("listed", [False, True])
-def test_lists(
-    machine: Any, ranks: int, global_rows: int, room: float, listed: bool, rng: np.random.Generator
-) -> None:
+def test_lists(machine: Any, ranks: int, global_rows: int, room: float, listed: bool, rng: np.random.Generator) -> None:
     sizes = [1, 900, 40, 30_000]
     layout = some_layout(rng, ranks, sizes, bool(rng.integers(2)))
     keys = np.stack([(size * rng.random(global_rows) ** 2) for size in sizes]).astype(rng.choice(["int32", "int64"]))
