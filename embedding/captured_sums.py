@@ -45,7 +45,7 @@ class CapturedSums:
     @property
     def num_bytes(self) -> int:
         """What all ranks sum."""
-        return 4 * self._placed.frequent * self._dim
+        return 4 * self._placed.frequent * int(self._dim)
 
     def order(self, rows: int) -> RowSort | None:
         """Room for the order of a batch's keys; ``None``: nobody asks.
