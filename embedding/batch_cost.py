@@ -14,6 +14,7 @@ from embedding.all_reduce import part_multiple
 from embedding.cost import HEADER_BYTES, LENGTH_BYTES, ROW_HEADER_BYTES, ROWS, group_of
 from embedding.jagged import Jagged
 from embedding.placement import Placement, Plan, node_of_ranks
+from embedding.reduce_way import ReduceWay, ring_bytes
 
 Bytes = NDArray[np.int64]
 _WEIGHT_BYTES = 4
@@ -52,8 +53,7 @@ def batch_bytes(
                 _add_rows(sent, plan, table, batches, width, 4 if rows < 2**31 else 8)
         for kind in {group for group in groups if group[0] == ROWS}:
             tables = [table for table, group in enumerate(groups) if group == kind]
-            marks, gradients = _reduced(plan, tables, batches, itemsize)
-            reduced += ring_bytes(marks, ranks) + ring_bytes(gradients, ranks)
+            reduced += sum(ring_bytes(size, ranks) for size in _reduced(plan, tables, batches, itemsize))
     for matrix in sent.values():
         np.fill_diagonal(matrix, 0)
     return {**sent, "grad_dist": sent["output_dist"].T.copy(), "all_reduce": np.full(ranks, reduced)}
@@ -79,11 +79,6 @@ def capacity_bytes(plan: Plan, capacities: Sequence[int], *, exchange_itemsize: 
         "grad_dist": (others.sum() - others) * row_bytes,
         "all_reduce": np.full(plan.ranks, ring_bytes(replicated, plan.ranks)),
     }
-
-
-def ring_bytes(size: int, ranks: int) -> int:
-    """Bytes that a rank sends in a ring's all-reduce of ``size`` bytes: 2 (W - 1) / W of them."""
-    return round(2 * (ranks - 1) / ranks * size)
 
 
 def _add_pooled(
@@ -116,15 +111,18 @@ def _add_rows(
 
 
 def _reduced(plan: Plan, tables: Sequence[int], batches: Sequence[Jagged], itemsize: int) -> tuple[int, int]:
-    """Bytes of a group's two all-reduces of replicated rows: marks of all, gradients of those that any rank touched."""
-    marks = gradients = 0
+    """Bytes of a group's all-reduces: marks of all replicated rows and gradients of touched ones, or of all."""
+    dim, global_rows = plan.specs[tables[0]].dim, sum(batch.num_rows for batch in batches)
+    multiple = part_multiple(node_of_ranks(plan.ranks, plan.nodes))
+    marks = sum(plan.placements[table].threshold for table in tables)
+    if ReduceWay.of(plan, tables).is_dense(marks, global_rows, dim, itemsize):
+        return 0, -(-marks * (dim + 1) // multiple) * multiple * itemsize
+    gradients = 0
     for table in tables:
-        spec, placement = plan.specs[table], plan.placements[table]
+        placement = plan.placements[table]
         if placement.threshold:
             touched = np.unique(np.concatenate([keys_of(batch, table) for batch in batches]))
-            marks += placement.threshold
-            gradients += int(np.searchsorted(touched, placement.threshold)) * spec.dim
-    multiple = part_multiple(node_of_ranks(plan.ranks, plan.nodes))
+            gradients += int(np.searchsorted(touched, placement.threshold)) * dim
     return marks, -(-gradients // multiple) * multiple * itemsize
 
 

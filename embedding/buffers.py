@@ -31,7 +31,6 @@ class BatchBuffers:
         grad_vectors: the same, where ``grad_dist`` finds their gradients; ``None``: forward only.
         num_rows: B of the present batch.
         global_rows: G of the present batch.
-        number: of the present batch, where batches are counted.
         sent: bytes that left this rank, by exchange.
         pool: arrays that grow on demand, by name.
     """
@@ -41,7 +40,6 @@ class BatchBuffers:
     grad_vectors: Array | None
     num_rows: int = 0
     global_rows: int = 0
-    number: int = 0
     sent: dict[str, int] = field(default_factory=dict)
     pool: dict[str, Array] = field(default_factory=dict)
 

@@ -8,7 +8,7 @@ Shapes: W ranks, N nodes, L = W / N ranks of a node, B = G / W rows of a rank, G
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from embedding.exchange_cost import Shape
 from embedding.frequency import Frequency
 from embedding.links import LinkRates
 from embedding.placement import AllToAll, Placement, TableSpec
+from embedding.reduce_way import dense_bytes, dense_is_faster, touched_bytes
 
 Floats = NDArray[np.float64]
 
@@ -27,8 +28,8 @@ HEADER_BYTES = 40
 """Of what a rank tells every other about its batch before it sends keys of pooled tables."""
 ROW_HEADER_BYTES = 24
 """The same before it asks for rows."""
-_REDUCES = 2
-"""All-reduces of replicated rows: which were touched, then their gradients."""
+_FLAG_BYTES = 4
+"""Of a captured step's note that a list ran over, which goes around where rows go by node."""
 ROWS = 0
 """A group's number of column parts where rows travel, not pooled vectors."""
 _PASSES = 3
@@ -51,8 +52,9 @@ class Workload:
         id_itemsize: bytes of a row's number where rows are asked for.
         jagged: bags have different lengths.
         weighted: keys have weights.
-        captured: steps of fixed sizes (``captured_exchange``): no keys travel, and all replicated rows' gradients are
-            summed, as float32.
+        captured: steps of fixed sizes (``captured_exchange``): rows of all tables travel together and no keys do,
+            gradients of a node are summed before they cross whatever their precision, and those of all replicated rows
+            are summed, as float32.
     """
 
     ranks: int
@@ -80,7 +82,9 @@ class TableCost:
         keys: bytes of keys from one asker to all owners, itself included.
         vectors: bytes of vectors from all owners to one asker; flat, gradients are as many.
         node_gradients: bytes of gradients from one node to all owners, once they are summed inside the node.
-        reduce: bytes of the buffers that every rank hands to all-reduces.
+        reduce_touched: bytes of the buffers that every rank hands to all-reduces, the touched way (``reduce_way``).
+        reduce_dense: the same the dense way.
+        touched_rows: replicated rows that the global batch looks up.
         frequent_share: part of the look-ups that are of replicated rows.
         asker_s: a rank's work as asker.
         owner_s: work of all owners together.
@@ -91,7 +95,9 @@ class TableCost:
     keys: float = 0.0
     vectors: float = 0.0
     node_gradients: float = 0.0
-    reduce: float = 0.0
+    reduce_touched: float = 0.0
+    reduce_dense: float = 0.0
+    touched_rows: float = 0.0
     frequent_share: float = 0.0
     asker_s: float = 0.0
     owner_s: float = 0.0
@@ -125,7 +131,7 @@ class TableDemand:
         """Expected cost of a step with this placement; that of its owners does not depend on who they are."""
         if self._work.ranks == 1:
             return TableCost(asker_s=self._seconds(_PASSES * self._draws), frequent_share=0.0)
-        return self._pooled(placement) if placement.pooled else self._rows(placement)
+        return self._pooled(placement) if placement.pooled and not self._work.captured else self._rows(placement)
 
     def _pooled(self, placement: Placement) -> TableCost:
         work, rows = self._work, self._work.share * self.spec.num_vectors
@@ -133,7 +139,7 @@ class TableDemand:
         keys = self._draws * (work.key_itemsize + 4 * work.weighted)
         keys += LENGTH_BYTES * rows * (work.jagged and self.spec.bag_keys is None)
         return TableCost(
-            keys=0.0 if work.captured else parts * keys,
+            keys=parts * keys,
             vectors=rows * self.spec.dim * work.exchange_itemsize,
             node_gradients=rows * work.ranks / work.nodes * self.spec.dim * work.exchange_itemsize,
             asker_s=self._seconds(2 * rows),
@@ -152,19 +158,21 @@ class TableDemand:
         if placement.deduplicate:
             sent = self._beyond(self._distinct, threshold)
             asker += asked * self._rates.deduplicate_s
-        reduce = 0.0
+        touched, dense, union = 0.0, 0.0, 0.0
         if threshold:
-            union = self.frequency.at(self._union, threshold)
+            union = min(float(threshold), self.frequency.at(self._union, threshold))
+            touched = touched_bytes(threshold, union, self.spec.dim, work.itemsize)
+            dense = float(dense_bytes(threshold, self.spec.dim, work.itemsize))
             if work.captured:
-                reduce, moved = 4.0 * threshold * self.spec.dim, float(threshold)
-            else:
-                reduce, moved = reduce_bytes(threshold, union, self.spec.dim, work.itemsize)
-            asker += self._seconds(_PASSES * moved)
+                touched = dense = 4.0 * threshold * self.spec.dim
+            asker += self._seconds(_PASSES * (threshold if work.captured else union))
         return TableCost(
             keys=0.0 if work.captured else sent * work.id_itemsize,
             vectors=sent * self.spec.dim * work.exchange_itemsize,
             node_gradients=self._beyond(self._node, threshold) * self.spec.dim * work.exchange_itemsize,
-            reduce=reduce,
+            reduce_touched=touched,
+            reduce_dense=dense,
+            touched_rows=union,
             frequent_share=frequent,
             asker_s=asker,
             owner_s=self._seconds(_PASSES * work.ranks * sent),
@@ -177,22 +185,6 @@ class TableDemand:
 
     def _seconds(self, rows: float) -> float:
         return rows * self.spec.dim * self._work.itemsize / self._rates.rows_bytes_per_s
-
-
-def reduce_bytes(threshold: int, union: float, dim: int, itemsize: int) -> tuple[float, float]:
-    """Bytes that a rank hands to the all-reduces of one table's replicated rows, and the rows whose gradients move.
-
-    Every rank tells which rows it touched (a byte a row); then the gradients of all replicated rows are summed, or
-    only those of the rows that any rank touched where that is fewer bytes: always, as nothing else is sent for them.
-
-    Args:
-        threshold: replicated rows.
-        union: those that any rank touched.
-        dim: D.
-        itemsize: bytes of a number.
-    """
-    moved = min(float(threshold), union)
-    return threshold + moved * dim * itemsize, moved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,17 +226,93 @@ class GroupLoad:
         keys: [W] bytes from one asker to each owner.
         vectors: [W] bytes from each owner to one asker.
         node: [W] bytes of gradients from one node to each owner, where they are summed inside it.
+        travels: something is exchanged.
+        touched: bytes of the group's all-reduces, the touched way.
+        dense: the same the dense way.
     """
 
     def __init__(self, ranks: int) -> None:
         """Start empty."""
         self.keys, self.vectors, self.node = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
+        self.travels, self.touched, self.dense = False, 0.0, 0.0
 
-    def add(self, share: Floats, cost: TableCost) -> None:
+    def add(self, placement: Placement, share: Floats, cost: TableCost) -> None:
         """Add a table that is owned in these parts [W]."""
-        self.keys += share * cost.keys
-        self.vectors += share * cost.vectors
-        self.node += share * cost.node_gradients
+        self.touched += cost.reduce_touched
+        self.dense += cost.reduce_dense
+        if placement.kind != "replicated":
+            self.travels = True
+            self.keys += share * cost.keys
+            self.vectors += share * cost.vectors
+            self.node += share * cost.node_gradients
+
+
+GroupKey = tuple[int, int]
+"""What ``group_of`` returns."""
+
+
+def group_loads(
+    specs: Sequence[TableSpec], placements: Sequence[Placement], costs: Sequence[TableCost], workload: Workload
+) -> dict[GroupKey, GroupLoad]:
+    """The loads of the groups; in captured steps all tables are one."""
+    groups: dict[GroupKey, GroupLoad] = {}
+    for spec, placement, cost in zip(specs, placements, costs, strict=True):
+        group = (ROWS, 0) if workload.captured else group_of(spec, placement)
+        load = groups.setdefault(group, GroupLoad(workload.ranks))
+        load.add(placement, owner_shares(placement, workload.ranks), cost)
+    return groups
+
+
+def dense_groups(groups: Mapping[GroupKey, GroupLoad], workload: Workload, links: LinkRates) -> frozenset[GroupKey]:
+    """The groups whose replicated rows' gradients are summed the dense way."""
+    if workload.captured:
+        return frozenset(groups)
+    start = Shape(workload.ranks, workload.nodes).reduce_start_bytes(links)
+    return frozenset(group for group, load in groups.items() if dense_is_faster(load.touched, load.dense, start))
+
+
+class _Adding:
+    """Adds up what a step sends."""
+
+    def __init__(self, workload: Workload, links: LinkRates, all_to_all: AllToAll) -> None:
+        self._work, self._links, self._mode = workload, links, all_to_all
+        self._shape = Shape(workload.ranks, workload.nodes)
+        self.seconds = dict.fromkeys(("keys", "vectors", "gradients", "all_reduce"), 0.0)
+        self.inside, self.across, self.messages, self.relay_s = dict(self.seconds), dict(self.seconds), 0, 0.0
+
+    def exchange(self, group: GroupKey, load: GroupLoad) -> None:
+        """Keys there, vectors back, gradients there."""
+        (parts, bag_keys), work, shape, links = group, self._work, self._shape, self._links
+        mode = self._mode if parts == ROWS else "flat"  # pooled vectors travel flat
+        # Gradients that were rounded on the way cannot be summed there; those of captured steps are rounded after it.
+        exact = work.captured or work.exchange_itemsize == work.itemsize
+        summed = load.node if mode == "hierarchical" and shape.nodes > 1 and exact else None
+        header, started = ROW_HEADER_BYTES, 2
+        if parts != ROWS:
+            header, started = HEADER_BYTES, 2 + (work.jagged and not bag_keys) + work.weighted
+        phases = [("vectors", load.vectors, 1, None), ("gradients", load.vectors, 1, summed)]
+        if not work.captured:
+            phases.append(("keys", load.keys + header, started, None))
+        for phase, size, count, crossing in phases:
+            self.seconds[phase] += shape.seconds(size, links, mode, count=count, summed=crossing)
+            self.inside[phase] += shape.inside_bytes(size) + shape.lane_bytes(size, mode)
+            self.across[phase] += (
+                shape.across_bytes(size) if crossing is None else float(crossing.sum()) * (shape.nodes - 1)
+            )
+            self.messages += count * shape.messages(mode)
+        if mode == "hierarchical":
+            relayed = shape.across_bytes(load.vectors) / work.ranks
+            ids = shape.across_bytes(load.keys) / work.ranks / work.id_itemsize
+            self.relay_s += _RELAY_PASSES * relayed / links.work.rows_bytes_per_s + ids * links.work.deduplicate_s
+            if work.captured:
+                self.all_reduce(_FLAG_BYTES, 1)
+
+    def all_reduce(self, size: float, count: int) -> None:
+        """All-reduces of ``size`` bytes together."""
+        self.seconds["all_reduce"] += self._shape.reduce_seconds(size, self._links, count=count)
+        near, far = self._shape.reduce_bytes(size)
+        self.inside["all_reduce"] += near
+        self.across["all_reduce"] += far
 
 
 def step_cost(
@@ -254,6 +322,8 @@ def step_cost(
     workload: Workload,
     links: LinkRates,
     all_to_all: AllToAll,
+    *,
+    dense: Collection[GroupKey] | None = None,
 ) -> StepCost:
     """Put the tables of a plan together: tables of one exchange share its messages, its slowest rank decides.
 
@@ -264,58 +334,31 @@ def step_cost(
         workload: of the step.
         links: rates.
         all_to_all: of rows; pooled vectors travel flat.
+        dense: groups whose replicated rows are summed the dense way; ``None``: where that is faster.
     """
     ranks = workload.ranks
-    shape = Shape(ranks, workload.nodes)
-    groups: dict[tuple[int, int], GroupLoad] = {}
-    reduced: dict[tuple[int, int], float] = {}
-    owner_s, asker_s = np.zeros(ranks), 0.0
-    beside = {"vectors": 0.0, "gradients": 0.0}
-    for spec, placement, cost in zip(specs, placements, costs, strict=True):
-        share, group = owner_shares(placement, ranks), group_of(spec, placement)
-        if placement.kind != "replicated":
-            groups.setdefault(group, GroupLoad(ranks)).add(share, cost)
-        reduced[group] = reduced.get(group, 0.0) + cost.reduce
-        owner_s += share * cost.owner_s
-        asker_s += cost.asker_s
-        beside["vectors"] += cost.beside_vectors_s
-        beside["gradients"] += cost.beside_gradients_s
-    seconds = dict.fromkeys(("keys", "vectors", "gradients", "all_reduce"), 0.0)
-    inside, across = dict(seconds), dict(seconds)
-    messages = 0
+    owner_s, asker_s = np.zeros(ranks), sum(cost.asker_s for cost in costs)
+    for placement, cost in zip(placements, costs, strict=True):
+        owner_s += owner_shares(placement, ranks) * cost.owner_s
+    adding = _Adding(workload, links, all_to_all)
     if ranks > 1:
-        for (parts, bag_keys), load in groups.items():
-            mode = all_to_all if parts == ROWS else "flat"  # pooled vectors travel flat
-            # Gradients that were rounded on the way cannot be summed there.
-            exact = workload.exchange_itemsize == workload.itemsize
-            summed = load.node if mode == "hierarchical" and shape.nodes > 1 and exact else None
-            header, started = ROW_HEADER_BYTES, 2
-            if parts != ROWS:
-                header, started = HEADER_BYTES, 2 + (workload.jagged and not bag_keys) + workload.weighted
-            phases = (
-                ("keys", load.keys + header, started, None),
-                ("vectors", load.vectors, 1, None),
-                ("gradients", load.vectors, 1, summed),
-            )
-            for phase, size, count, crossing in phases:
-                seconds[phase] += shape.seconds(size, links, mode, count=count, summed=crossing)
-                inside[phase] += shape.inside_bytes(size) + shape.lane_bytes(size, mode)
-                across[phase] += (
-                    shape.across_bytes(size) if crossing is None else float(crossing.sum()) * (shape.nodes - 1)
-                )
-                messages += count * shape.messages(mode)
-            if mode == "hierarchical":
-                relayed = shape.across_bytes(load.vectors) / ranks
-                ids = shape.across_bytes(load.keys) / ranks / workload.id_itemsize
-                rates = links.work
-                asker_s += _RELAY_PASSES * relayed / rates.rows_bytes_per_s + ids * rates.deduplicate_s
-        for reduce in filter(None, reduced.values()):
-            seconds["all_reduce"] += shape.reduce_seconds(reduce, links, count=_REDUCES)
-            near, far = shape.reduce_bytes(reduce)
-            inside["all_reduce"] += near
-            across["all_reduce"] += far
-    seconds["work"] = asker_s + float(owner_s.max()) + sum(max(0.0, s - seconds[name]) for name, s in beside.items())
-    return StepCost(inside=inside, across=across, messages_across=messages, seconds=seconds)
+        groups = group_loads(specs, placements, costs, workload)
+        if dense is None:
+            dense = dense_groups(groups, workload, links)
+        for group, load in groups.items():
+            if load.travels:
+                adding.exchange(group, load)
+            if load.touched:
+                adding.all_reduce(*((load.dense, 1) if group in dense else (load.touched, 2)))
+    seconds = adding.seconds
+    # Work beside an exchange counts as far as it lasts longer.
+    beside = (
+        ("vectors", sum(cost.beside_vectors_s for cost in costs)),
+        ("gradients", sum(cost.beside_gradients_s for cost in costs)),
+    )
+    rest = sum(max(0.0, work - seconds[name]) for name, work in beside)
+    seconds["work"] = asker_s + adding.relay_s + float(owner_s.max()) + rest
+    return StepCost(inside=adding.inside, across=adding.across, messages_across=adding.messages, seconds=seconds)
 
 
 def balanced_seconds(cost: TableCost, workload: Workload, links: LinkRates) -> float:
@@ -329,7 +372,7 @@ def balanced_seconds(cost: TableCost, workload: Workload, links: LinkRates) -> f
                                                                            "across_reduce")},
     )  # fmt: skip
     load = np.full(workload.ranks, (cost.keys + 2 * cost.vectors) / workload.ranks)
-    exchange = shape.seconds(load, started, "flat") + shape.reduce_seconds(cost.reduce, started)
+    exchange = shape.seconds(load, started, "flat") + shape.reduce_seconds(cost.reduce_touched, started)
     return exchange + cost.asker_s + cost.owner_s / workload.ranks
 
 

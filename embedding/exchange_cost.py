@@ -108,6 +108,12 @@ class Shape:
         inside = _reduce_seconds(size, local, links.inside_reduce, count)
         return inside + _reduce_seconds(size / local, nodes, links.across_reduce, count)
 
+    def reduce_start_bytes(self, links: LinkRates) -> float:
+        """What an all-reduce could send in the time that it takes to start; 0 for a single rank."""
+        start, many = self.reduce_seconds(0.0, links), float(2**30)
+        moving = self.reduce_seconds(many, links) - start
+        return start / moving * many if moving > 0 else 0.0
+
 
 def _reduce_seconds(size: float, ranks: int, link: Link, count: int) -> float:
     if ranks == 1:

@@ -35,6 +35,7 @@ from embedding.cost import ROWS, group_of
 from embedding.groups import Group, Owners, select_tables
 from embedding.jagged import Jagged
 from embedding.placement import Placement, Plan, TableSpec, places_of
+from embedding.reduce_way import ReduceWay
 from embedding.row_group import RowGroup, given
 from embedding.table import Part, Shard
 from embedding.topology import Topology
@@ -74,7 +75,6 @@ class HybridEmbedding:
         first: int,
         exchange_precision: Precision = "fp32",
         all_to_all: AllToAll | None = None,
-        reduce_start_bytes: float = 0.0,
         topology: Topology | None = None,
         lists: Mapping[str, Array] | None = None,
     ) -> None:
@@ -91,9 +91,6 @@ class HybridEmbedding:
             first: place of table 0 in ``vectors``: 1 behind a bottom MLP's output, else 0.
             exchange_precision: how vectors, rows and their gradients travel; ``fp32``: as they are.
             all_to_all: how rows travel; ``None``: ``Flat``. Pooled vectors travel flat.
-            reduce_start_bytes: what an all-reduce could send in the time that it takes to start, the same on every
-                rank. Above 0, gradients of all replicated rows are summed where finding the touched ones first
-                would take longer.
             topology: of ``comm``: gradients of replicated rows are summed inside nodes first; ``None``: in one step.
             lists: the frequent rows of each table whose placement is ``listed``, ascending [threshold] int64; the
                 same on every rank.
@@ -120,7 +117,6 @@ class HybridEmbedding:
         travelling = {
             "all_to_all": Flat(comm) if all_to_all is None else all_to_all,
             "wire": Wire(exchange_precision, self._dtype, device),
-            "reduce_start_bytes": reduce_start_bytes,
             "all_reduce": all_reduce_of(comm, topology),
             "lists": lists,
         }
@@ -144,7 +140,8 @@ class HybridEmbedding:
         group: Group
         if parts == ROWS:
             specs, placements = [self.specs[t] for t in tables], [plan.placements[t] for t in tables]
-            group = RowGroup(specs=specs, placements=placements, places=places, **common)
+            way = ReduceWay.of(plan, tables)
+            group = RowGroup(specs=specs, placements=placements, places=places, way=way, **common)
         else:
             places = [place * parts + i for place in places for i in range(parts)]
             group = self._pooled_group(tables, parts, plan, places=places, num_places=num_places * parts, **common)

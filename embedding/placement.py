@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -171,11 +171,13 @@ class Prediction:
 
     Attributes:
         frequent_share: part of the look-ups that are of replicated rows.
+        touched_rows: replicated rows that a step's global batch looks up.
         inside_bytes: sent between ranks of one node in a step, all ranks together.
         across_bytes: sent between nodes.
     """
 
     frequent_share: float = 0.0
+    touched_rows: float = 0.0
     inside_bytes: float = 0.0
     across_bytes: float = 0.0
 
@@ -192,6 +194,8 @@ class Plan:
         all_to_all: how rows and vectors travel between nodes.
         table_bytes: memory of each whole table with its optimiser state, once; left out: 4 bytes a number.
         gradient_bytes: what a replicated row of each table needs besides, for its gradient; left out: 0.
+        reduce_start_bytes: what an all-reduce could send in the time that it takes to start; 0: not known.
+        batch_size: G of the predictions; 0: there are none.
         predictions: of each table; empty where nothing was predicted.
         step_seconds: predicted time of exchange, look-up and update in a step; ``None``: not predicted.
         seconds: its parts: keys, vectors, gradients, all_reduce, work.
@@ -206,6 +210,8 @@ class Plan:
     all_to_all: AllToAll = "flat"
     table_bytes: tuple[int, ...] = ()
     gradient_bytes: tuple[int, ...] = ()
+    reduce_start_bytes: float = 0.0
+    batch_size: int = 0
     predictions: tuple[Prediction, ...] = ()
     step_seconds: float | None = None
     seconds: tuple[tuple[str, float], ...] = ()
@@ -312,8 +318,8 @@ class Plan:
                 + (" de-duplicated" if placement.deduplicate else ""),
                 "frequent_rows": placement.threshold,
                 "rank": owner,
-                "megabytes": round(self.table_bytes[table] / 1e6, 3),
-                "megabytes_per_rank": round(max(self.held_bytes(table, r) for r in self._holders(placement)) / 1e6, 3),
+                "mib": round(self.table_bytes[table] / 2**20, 3),
+                "mib_per_rank": round(max(self.held_bytes(table, r) for r in self._holders(placement)) / 2**20, 3),
                 "lookup_share": round(spec.lookup_cost / total, 4),
             }
             if self.predictions:
@@ -341,10 +347,9 @@ class Plan:
             "all_to_all": self.all_to_all,
             "table_bytes": list(self.table_bytes),
             "gradient_bytes": list(self.gradient_bytes),
-            "predictions": [
-                {"frequent_share": p.frequent_share, "inside_bytes": p.inside_bytes, "across_bytes": p.across_bytes}
-                for p in self.predictions
-            ],
+            "reduce_start_bytes": self.reduce_start_bytes,
+            "batch_size": self.batch_size,
+            "predictions": [asdict(prediction) for prediction in self.predictions],
             "step_seconds": self.step_seconds,
             "seconds": [list(pair) for pair in self.seconds],
             "alternatives": [list(pair) for pair in self.alternatives],
@@ -377,6 +382,8 @@ def plan_from_values(values: Mapping[str, Any]) -> Plan:
         all_to_all=values["all_to_all"],
         table_bytes=tuple(values["table_bytes"]),
         gradient_bytes=tuple(values["gradient_bytes"]),
+        reduce_start_bytes=values.get("reduce_start_bytes", 0.0),
+        batch_size=values.get("batch_size", 0),
         predictions=tuple(Prediction(**p) for p in values["predictions"]),
         step_seconds=values["step_seconds"],
         seconds=tuple((name, seconds) for name, seconds in values["seconds"]),

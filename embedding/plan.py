@@ -10,7 +10,8 @@ import numpy as np
 
 from dlrm.config import OptimizerConfig
 from dlrm.errors import ConfigError
-from embedding.cost import StepCost, TableDemand, Workload, step_cost
+from embedding.cost import TableDemand, Workload, dense_groups, group_loads, step_cost
+from embedding.exchange_cost import Shape
 from embedding.frequency import Frequency, candidate_thresholds, hugectr_threshold
 from embedding.links import DEFAULT, LinkRates
 from embedding.placement import (
@@ -92,11 +93,15 @@ def check_memory(plan: Plan, limit: int) -> None:
             parts = [plan.held_bytes(table, rank) for table in range(len(plan.specs))]
             largest = max(range(len(parts)), key=parts.__getitem__)
             raise ConfigError(
-                f"rank {rank}: {held / 1e9:.3g} GB of tables (the largest is '{plan.specs[largest].name}' with "
-                f"{parts[largest] / 1e9:.3g} GB) exceed {limit / 1e9:.3g} GB; use more ranks, a smaller "
+                f"rank {rank}: {_mib(held)} MiB of tables (the largest is '{plan.specs[largest].name}' with "
+                f"{_mib(parts[largest])} MiB) exceed {_mib(limit)} MiB; use more ranks, a smaller "
                 f"embedding_dim, an optimiser with less state{_remedy(plan, largest)}, or raise "
                 "embedding.memory_limit_mib"
             )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}"
 
 
 def _remedy(plan: Plan, table: int) -> str:
@@ -325,18 +330,23 @@ def _frequency(spec: TableSpec, given: Mapping[str, Frequency | np.ndarray[Any, 
 
 def _predicted(best: Candidate, workload: Workload, links: LinkRates, seconds: Mapping[str, float]) -> Plan:
     plan = best.plan
+    groups = group_loads(plan.specs, plan.placements, [option.cost for option in best.options], workload)
+    dense = dense_groups(groups, workload, links)
     predictions = []
     for spec, placement, option in zip(plan.specs, plan.placements, best.options, strict=True):
-        alone: StepCost = step_cost([spec], [placement], [option.cost], workload, links, plan.all_to_all)
+        alone = step_cost([spec], [placement], [option.cost], workload, links, plan.all_to_all, dense=dense)
         predictions.append(
             Prediction(
                 frequent_share=option.cost.frequent_share,
+                touched_rows=option.cost.touched_rows,
                 inside_bytes=sum(alone.inside.values()),
                 across_bytes=sum(alone.across.values()),
             )
         )
     return replace(
         plan,
+        reduce_start_bytes=Shape(workload.ranks, workload.nodes).reduce_start_bytes(links),
+        batch_size=workload.batch_size,
         predictions=tuple(predictions),
         step_seconds=best.cost.total_s,
         seconds=tuple(best.cost.seconds.items()),

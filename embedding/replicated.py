@@ -1,15 +1,6 @@
 """Frequent rows: every rank holds them, and all make the same step with the gradient summed over the ranks.
 
-Two ways to sum:
-
-- compact: which rows the global batch touches is found out first (one byte a row, all-reduced with ``max`` while the
-  keys travel); the gradients of those rows are all-reduced;
-- dense: the gradients of all rows are all-reduced, with one more number a row that says how many ranks touched it.
-
-The compact way never sends more bytes, but it takes one more collective. So the way is chosen for every batch, with
-the start of a collective counted as so many bytes. The choice needs the number of touched rows before it is known: it
-is predicted from an earlier batch, whose number every rank knows, so that all choose alike. That is the batch four
-before: its update is done, however many batches a schedule runs ahead, so that the choice does not depend on that.
+Their gradients are summed in one of the two ways of ``reduce_way``.
 
 Replicas stay equal bit for bit: an all-reduce leaves the same numbers on every rank, and the update of a row depends
 on nothing else.
@@ -29,6 +20,7 @@ from dlrm.device import Array, Device
 from embedding.all_reduce import AllReduce, OneLevel
 from embedding.buffers import NO_OFFSETS, NO_WEIGHTS, BatchBuffers
 from embedding.comm import Comm, Event
+from embedding.reduce_way import ReduceWay, ring_bytes
 from embedding.slots import mark_slots
 from embedding.sparse_optim import UpdateScratch, update_rows
 from embedding.table import Part, Shard, create_shards, with_touched
@@ -36,23 +28,6 @@ from embedding.table import Part, Shard, create_shards, with_touched
 _ONE_TABLE = np.zeros(1, np.int64)
 _SUM = np.zeros(1, np.bool_)
 _NO_ROWS = np.empty(0, np.int32)
-_LAG = 4
-"""Batches between one and those that its prediction looks at: as many as may be in flight."""
-
-
-def compact_bytes(rows: int, touched: float, dim: int, itemsize: int) -> float:
-    """Bytes that the compact way reduces: marks of all rows, gradients of the touched ones."""
-    return rows + touched * dim * itemsize
-
-
-def dense_bytes(rows: int, dim: int, itemsize: int) -> int:
-    """Bytes that the dense way reduces: a gradient and a count for every row."""
-    return rows * (dim + 1) * itemsize
-
-
-def ring_bytes(size: int, ranks: int) -> int:
-    """Bytes that one of ``ranks`` sends to all-reduce ``size`` bytes: 2 (W - 1) / W of them."""
-    return round(2 * (ranks - 1) / ranks * size)
 
 
 class ReplicatedRows:
@@ -70,13 +45,12 @@ class ReplicatedRows:
         parts: Sequence[Part],
         dim: int,
         *,
-        first_guess: Sequence[float],
         comm: Comm,
         device: Device,
         optimizer: OptimizerConfig,
         dtype: np.dtype[Any],
         seed: int | None,
-        start_bytes: float = 0.0,
+        way: ReduceWay,
         all_reduce: AllReduce | None = None,
     ) -> None:
         """Allocate and initialise the rows.
@@ -84,32 +58,27 @@ class ReplicatedRows:
         Args:
             parts: the replicated part of each table, which may be empty.
             dim: D.
-            first_guess: keys of each table per row of the batch: bounds the touched rows of the first batch.
             comm: the ranks.
             device: where the rows lie.
             optimizer: of the tables.
             dtype: float32 or float64.
             seed: of the run.
-            start_bytes: what an all-reduce could send in the time that it takes to start; 0: always compact.
+            way: decides how gradients are summed.
             all_reduce: what sums gradients over the ranks; ``None``: in one step.
         """
         store = create_shards(parts, dim, device=device, optimizer=optimizer, dtype=dtype, seed=seed)
         self.weight: Array = store.weight
         self.rows = len(store.weight)
         self._store = store
-        self._limits = np.array([len(part.rows) for part in parts], np.float64)
-        self._hotness = np.array(first_guess, np.float64)
         self._comm = comm
         self._all_reduce = OneLevel(comm) if all_reduce is None else all_reduce
         self._device = device
         self._optimizer = optimizer
         self._dim = dim
         self._dtype = dtype
-        self._start_bytes = start_bytes
+        self._way = way
         self._scratch = UpdateScratch.create(self.rows)
         self._compact = np.empty(self.rows, np.int32)
-        self._batches = 0
-        self._touched: dict[int, tuple[int, int]] = {}  # of the latest batches: touched rows, global rows
         self._gradients = np.empty(0, dtype)
 
     def shards(self) -> list[Shard]:
@@ -133,20 +102,8 @@ class ReplicatedRows:
         """Forget which rows were updated."""
         self._scratch.clear_touched()
 
-    def predicted_touched(self, number: int, global_rows: int) -> float:
-        """Rows that batch ``number`` is expected to touch: as an earlier one did, in proportion to their sizes."""
-        known = self._touched.get(number - _LAG)
-        if known is None:
-            return float(np.minimum(self._limits, self._hotness * global_rows).sum())
-        touched, rows = known
-        return min(float(self.rows), touched * global_rows / rows)
-
-    def _note_touched(self, number: int, touched: int, global_rows: int) -> None:
-        self._touched[number] = touched, max(1, global_rows)
-        self._touched.pop(number - 2 * _LAG, None)
-
     def start_touched(self, buffers: BatchBuffers, slots: Array) -> Callable[[], Array | None]:
-        """Choose the way for a batch and, for the compact one, start to find the rows that the global batch touches.
+        """Choose the way for a batch and, for the touched one, start to find the rows that the global batch touches.
 
         Collective, as is what is returned.
 
@@ -160,12 +117,7 @@ class ReplicatedRows:
         buffers.sent["all_reduce"] = 0
         if not self.rows:
             return lambda: _NO_ROWS
-        itemsize = self._dtype.itemsize
-        number = buffers.number = self._batches
-        self._batches += 1
-        predicted = self.predicted_touched(number, buffers.global_rows)
-        compact = compact_bytes(self.rows, predicted, self._dim, itemsize)
-        if compact + self._start_bytes >= dense_bytes(self.rows, self._dim, itemsize):
+        if self._way.is_dense(self.rows, buffers.global_rows, self._dim, self._dtype.itemsize):
             return lambda: None
         marks = buffers.room("marks", np.uint8, self.rows)
         marks.fill(0)
@@ -175,9 +127,7 @@ class ReplicatedRows:
 
         def found() -> Array:
             event.wait()
-            touched = np.flatnonzero(marks.view(np.bool_))
-            self._note_touched(number, len(touched), buffers.global_rows)
-            return touched
+            return np.flatnonzero(marks.view(np.bool_))
 
         return found
 
@@ -226,11 +176,10 @@ class ReplicatedRows:
     def _padded(self, numbers: int) -> int:
         return -(-numbers // self._all_reduce.multiple) * self._all_reduce.multiple
 
-    def update(self, buffers: BatchBuffers, touched: Array | None, lr: float, step: int) -> None:
+    def update(self, touched: Array | None, lr: float, step: int) -> None:
         """Update the touched rows with what ``start_reduce`` summed; the same on every rank.
 
         Args:
-            buffers: the batch's.
             touched: what ``start_touched`` led to.
             lr: learning rate of this step.
             step: t, from 1.
@@ -243,7 +192,6 @@ class ReplicatedRows:
             found = self._gradients[self.rows * self._dim : self.rows * (self._dim + 1)] > 0
             offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(found, dtype=np.int64)])
             touched = np.flatnonzero(found)
-            self._note_touched(buffers.number, len(touched), buffers.global_rows)
         if not len(touched):
             return
         update_rows(

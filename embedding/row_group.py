@@ -28,6 +28,7 @@ from embedding.frequent_rows import FrequentRows, Homes, check_lists
 from embedding.jagged import Jagged
 from embedding.lookup import gather_pool
 from embedding.placement import Placement, TableSpec
+from embedding.reduce_way import ReduceWay
 from embedding.replicated import ReplicatedRows
 from embedding.row_buffers import RowBuffers
 from embedding.row_layout import row_layout, rows_of
@@ -66,7 +67,7 @@ class RowGroup:
         optimizer: OptimizerConfig,
         wire: Wire,
         seed: int | None,
-        reduce_start_bytes: float = 0.0,
+        way: ReduceWay,
         all_reduce: AllReduce | None = None,
         lists: Mapping[str, Array] | None = None,
         bags_per_row: int = 1,
@@ -83,7 +84,7 @@ class RowGroup:
             optimizer: of the tables.
             wire: how rows and gradients look on the way; has the tables' dtype.
             seed: of the run.
-            reduce_start_bytes: see ``HybridEmbedding``.
+            way: how the replicated rows' gradients are summed.
             all_reduce: what sums the replicated rows' gradients; ``None``: in one step.
             lists: see ``HybridEmbedding``.
             bags_per_row: bags of each table that a row of the batch has.
@@ -99,13 +100,12 @@ class RowGroup:
         self._replicated = ReplicatedRows(
             [Part(spec, range(p.threshold), columns, True) for spec, p in zip(specs, placements, strict=True)],
             self._dim,
-            first_guess=[spec.hotness for spec in specs],
             comm=comm,
             device=device,
             optimizer=optimizer,
             dtype=self._dtype,
             seed=seed,
-            start_bytes=reduce_start_bytes,
+            way=way,
             all_reduce=all_reduce,
         )
         self._layout = row_layout(specs, placements, comm.size)
@@ -346,7 +346,7 @@ class RowGroup:
                 device=self._device,
             )
         if self._layout.frequent:
-            self._replicated.update(buffers, buffers.touched, lr, step)
+            self._replicated.update(buffers.touched, lr, step)
 
     def _fetch(self, rows: Array, out: Array, buffers: RowBuffers) -> Finish:
         """Start to send the rows that were asked for; what is returned waits, and has this rank's in ``out``."""

@@ -143,7 +143,8 @@ def print_plan(plan: Plan, links: LinkRates, *, as_json: bool) -> None:
         "links": links.source,
         "step_ms": None if plan.step_seconds is None else 1e3 * plan.step_seconds,
         "step_parts_ms": {name: 1e3 * seconds for name, seconds in plan.seconds},
-        "megabytes_per_rank": float(plan.memory().max()) / 1e6,
+        "mib_per_rank": float(plan.memory().max()) / 2**20,
+        "reduce_start_bytes": round(plan.reduce_start_bytes),
         "alternatives_ms": {name: 1e3 * seconds for name, seconds in plan.alternatives},
     }
     if as_json:
@@ -162,7 +163,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         "frequent": row["frequent_rows"],
         "share": _short(row["frequent_share"]),
         "rank": str(row["rank"]),
-        "MiB": _short(row["megabytes_per_rank"] * 1e6 / 2**20),
+        "MiB": _short(row["mib_per_rank"]),
         "MB in": _short(row["inside_bytes"] / 1e6),
         "MB out": _short(row["across_bytes"] / 1e6),
     }

@@ -68,8 +68,9 @@ def agree_plan(
         return plan_tables(config, dataset.tables, ranks=1), {}
     limit = np.array([memory_limit_bytes(config, local_ranks or topology.local_size)], np.int64)
     comm.all_reduce(limit, "min").wait()
-    # Nothing is left to weigh where every placement and exchange is forced.
+    # Nothing is left to weigh where every placement and exchange is forced and no gradients are all-reduced.
     weighed = leaves_places(config, dataset) or "auto" in {config.embedding.deduplicate, config.embedding.all_to_all}
+    weighed = weighed or replicates(config, dataset)
     links = DEFAULT
     if weighed:
         links = link_rates(config, comm, topology, lambda: probe(comm, topology, device), DEFAULT)
@@ -138,6 +139,12 @@ def leaves_places(config: RunConfig, dataset: Dataset) -> bool:
     forced = forced_placements(config, dataset.tables)
     thresholds = any(choice.kind == "hybrid" and choice.threshold is None for choice in forced.values())
     return len(forced) < len(dataset.tables) or thresholds
+
+
+def replicates(config: RunConfig, dataset: Dataset) -> bool:
+    """Whether rows of a table are forced to be replicated, whose gradients can be summed in two ways."""
+    forced = forced_placements(config, dataset.tables).values()
+    return any(choice.kind in ("replicated", "hybrid") and choice.threshold != 0 for choice in forced)
 
 
 def link_rates(

@@ -261,7 +261,7 @@ def simulate(
         ranks: numbers of ranks to look at.
 
     Returns:
-        One row per number of ranks; times in milliseconds, bytes in MB a rank.
+        One row per number of ranks; times in milliseconds, bytes between nodes in MB a rank, memory in MiB.
 
     Raises:
         ConfigError: as ``plan_tables``.
@@ -297,7 +297,7 @@ def simulate(
                 "overlapped_ms": 1e3 * max(embedding, compute + reduce),
                 "samples_per_s": config.data.batch_size / step,
                 "across_mb_per_rank": sum(p.across_bytes for p in plan.predictions) / count / 1e6,
-                "memory_mb_per_rank": float(plan.memory().max()) / 1e6,
+                "memory_mib_per_rank": float(plan.memory().max()) / 2**20,
             }
         )
     return rows

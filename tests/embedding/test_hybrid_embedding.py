@@ -22,6 +22,7 @@ from embedding.comm import SingleComm
 from embedding.hybrid import HybridEmbedding
 from embedding.jagged import Jagged
 from embedding.placement import Placement, Plan, TableSpec
+from embedding.reduce_way import ring_bytes
 from embedding.sparse_optim import KINDS
 from embedding.topology import share_of
 
@@ -79,6 +80,7 @@ ANY_CASE = st.builds(
     deduplicate=st.booleans(),
     same_key=st.booleans(),
     distinct_keys=st.booleans(),
+    start_bytes=st.sampled_from([0.0, 100.0, 1e9]),
     poolings=st.lists(st.sampled_from(["sum", "mean", "concat"]), min_size=1, max_size=3).map(tuple),
 )
 
@@ -173,6 +175,26 @@ def test_16_bit_exchange_errs_within_its_bounds(kind: str, precision: str, relat
     for name, array in tables.items():
         allowed = 0.1 * np.abs(gradient[:, 1 + int(name[1])]).sum(axis=0) * (relative + 2.0**-20) + 2.0**-24
         assert (np.abs(array - exact[name]) <= allowed + 2.0**-22 * np.abs(exact[name])).all(), name
+
+
+@pytest.mark.parametrize(("ranks", "nodes"), [(3, 1), (4, 2)])
+@pytest.mark.parametrize("kind", ["adagrad", "adam"])
+def test_all_replicated_rows_or_the_touched_ones_are_summed_alike(kind: str, ranks: int, nodes: int, seed: int) -> None:
+    """What starting an all-reduce takes decides, batch by batch: the short one, with fewer rows, goes the other way."""
+    case = replace(MIXED, seed=seed, kinds=("hybrid", "row_wise"), kind=kind, nodes=nodes)
+    rows = 15 + 90 + 2  # replicated ones of tables of 50, 300 and 9 rows
+    ways = [
+        rank_threads.run_ranks(ranks, lambda comm, start=start: hc.train(replace(case, start_bytes=start), comm))
+        for start in (0.0, 8.0 * rows, 1e9)
+    ]
+    alone = hc.run_alone(case)
+    for outcomes in ways:
+        hc.check(case, outcomes, alone)
+    touched, mixed, dense = ([outcomes[0].sent[step]["all_reduce"] for step in range(6)] for outcomes in ways)
+    assert mixed == [*dense[:2], touched[2], *dense[3:]]
+    # A gradient of 6 numbers and a count a row; in two levels padded to a multiple of the ranks of a node, 2.
+    assert set(dense) == {ring_bytes((rows * 7 + nodes - 1) // nodes * nodes * 8, ranks)}
+    assert not set(touched) & set(dense)
 
 
 def test_bytes_are_those_of_the_rows_that_travel(seed: int) -> None:

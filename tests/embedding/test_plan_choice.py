@@ -163,7 +163,7 @@ def test_memory_is_kept_wherever_it_can_be(share: float) -> None:
 def test_a_limit_that_is_too_small_names_table_need_limit_and_remedy() -> None:
     specs, frequencies = criteo_like()
     with pytest.raises(
-        ConfigError, match=r"rank 0: .* GB of tables \(the largest is 'C0' with .*\) exceed 0.001 GB; use"
+        ConfigError, match=r"rank 0: .* MiB of tables \(the largest is 'C0' with .* MiB\) exceed 1.0 MiB; use"
     ):
         make_plan(specs, 4, batch_size=64, optimizer=SGD, frequencies=frequencies, memory_limit_bytes=10**6)
 

@@ -65,7 +65,7 @@ def test_fewer_tables_than_ranks_leave_ranks_empty() -> None:
 
 
 def test_a_rank_that_cannot_hold_its_tables_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"rank 0: .*'t0' .* exceed 0.001 GB; use more ranks"):
+    with pytest.raises(ConfigError, match=r"rank 0: .*'t0' .* exceed 1.0 MiB; use more ranks"):
         plan_table_wise(specs_of([(10**5, 1)]), 1, bytes_per_row=[200], memory_limit_bytes=10**6)
 
 
@@ -74,7 +74,7 @@ def test_the_description_has_a_row_for_each_table() -> None:
     assert [row["table"] for row in rows] == ["t0", "t1"]
     assert {row["rank"] for row in rows} == {0, 1}
     assert rows[1]["lookup_share"] == 0.75
-    assert rows[1]["megabytes"] == 0.002
+    assert rows[1]["mib"] == round(2000 / 2**20, 3)
 
 
 @pytest.mark.parametrize("wrong", [{"rows": 0}, {"dim": 0}, {"hotness": 0}, {"pooling": "max"}])

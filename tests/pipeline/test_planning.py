@@ -181,7 +181,7 @@ def test_the_command_prints_a_table_and_json(dataset: Dataset, tmp_path: Path) -
     assert [row["table"] for row in result["tables"]] == [table.name for table in dataset.tables]
     assert result["step_ms"] == pytest.approx(sum(result["step_parts_ms"].values()))
     assert result["step_ms"] <= 1.001 * min(result["alternatives_ms"].values())
-    assert set(result["tables"][0]) >= {"frequent_rows", "frequent_share", "megabytes_per_rank", "across_bytes"}
+    assert set(result["tables"][0]) >= {"frequent_rows", "frequent_share", "mib_per_rank", "across_bytes"}
 
 
 def test_the_simulation_goes_up_to_1024_ranks_without_data(dataset: Dataset, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from embedding.all_to_all import Flat, Hierarchical
 from embedding.comm import SingleComm
 from embedding.hybrid import HybridEmbedding
 from embedding.jagged import Jagged
-from embedding.placement import Placement, Plan, TableSpec, places_of
+from embedding.placement import Placement, Plan, Prediction, TableSpec, places_of
 from embedding.topology import discover, share_of, start_of
 
 
@@ -30,6 +30,7 @@ class HybridCase(ec.Case):
     same_key: bool = False
     distinct_keys: bool = False
     dtype: str = "float64"
+    start_bytes: float = 0.0  # of an all-reduce: much of it makes all replicated rows' gradients travel
 
 
 def placement_of(case: HybridCase, table: int, ranks: int) -> Placement:
@@ -74,7 +75,14 @@ def build(case: HybridCase, comm: Any) -> HybridEmbedding:
     return HybridEmbedding(
         lists=lists,
         specs=specs,
-        plan=Plan(specs=specs, placements=placements, ranks=comm.size),
+        plan=Plan(
+            specs=specs,
+            placements=placements,
+            ranks=comm.size,
+            reduce_start_bytes=case.start_bytes,
+            batch_size=max(case.batches),
+            predictions=tuple(Prediction(touched_rows=float(placement.threshold)) for placement in placements),
+        ),
         comm=comm,
         device=HostDevice(2, compiled=case.compiled) if case.compiled else HostDevice(compiled=False),
         optimizer=OptimizerConfig(kind=case.kind),  # type: ignore[arg-type]
