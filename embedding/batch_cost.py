@@ -18,6 +18,7 @@ from embedding.reduce_way import ReduceWay, ring_bytes
 
 Bytes = NDArray[np.int64]
 _WEIGHT_BYTES = 4
+_FLAG_BYTES = 4
 
 
 def batch_bytes(
@@ -59,25 +60,49 @@ def batch_bytes(
     return {**sent, "grad_dist": sent["output_dist"].T.copy(), "all_reduce": np.full(ranks, reduced)}
 
 
-def capacity_bytes(plan: Plan, capacities: Sequence[int], *, exchange_itemsize: int) -> dict[str, Bytes]:
-    """Bytes of one step over lists of fixed capacity (``captured_exchange``), flat, whatever the batch's keys are.
+def capacity_bytes(
+    plan: Plan, capacities: Sequence[int], *, exchange_itemsize: int, distinct: Sequence[int] | None = None
+) -> dict[str, Bytes]:
+    """Bytes of one step over lists of fixed capacity (``captured_exchange``), whatever the batch's keys are.
+
+    By node (``plan.all_to_all``), what a rank hands to both communicators counts. Outward it gives each mate of its
+    node a list for each node, and to each other node what its own node has for the ranks of its lane. Inward it gives
+    each mate the lists of that lane's owners, and to each owner of its own lane elsewhere the node's distinct rows and
+    one of padding.
 
     Args:
         plan: where rows lie.
-        capacities: [W] most rows that each rank sends to one other.
+        capacities: [W] C_o, most rows that each rank sends to one other.
         exchange_itemsize: bytes of a number of a vector between ranks; replicated rows' gradients are float32.
+        distinct: [W] U_o, most distinct rows that a node asks of each rank; ``None``: as many as lists have room for.
 
     Returns:
-        By exchange [W], what each rank sends; keys do not travel.
+        By exchange [W], what each rank sends (keys do not travel); ``all_reduce`` with the flag of lists that ran
+        over, where rows go by node; and ``across`` [W], what of the exchanges goes to other nodes.
     """
-    others = np.asarray(capacities, np.int64)
-    row_bytes = plan.specs[0].dim * exchange_itemsize
+    size = np.asarray(capacities, np.int64)
+    node = np.array(node_of_ranks(plan.ranks, plan.nodes))
+    same = node[:, None] == node[None, :]
     replicated = 4 * sum(p.threshold * spec.dim for spec, p in zip(plan.specs, plan.placements, strict=True))
+    reduced = ring_bytes(replicated, plan.ranks)
+    if plan.all_to_all == "hierarchical":
+        locals_ = plan.ranks // plan.nodes
+        rooms = locals_ * size if distinct is None else np.minimum(np.asarray(distinct, np.int64), locals_ * size)
+        lane = np.arange(plan.ranks) % locals_
+        in_lane = lane[:, None] == lane[None, :]
+        outward, inward = (plan.nodes - 1) * (same @ size), (~same & in_lane) @ (rooms + 1)
+        outward_inside, inward_inside = (locals_ - 1) * plan.nodes * size, ~in_lane @ size
+        reduced += ring_bytes(_FLAG_BYTES, plan.ranks)
+    else:
+        outward, inward = (~same).sum(axis=1) * size, ~same @ size
+        outward_inside, inward_inside = (same.sum(axis=1) - 1) * size, same @ size - size
+    row_bytes = plan.specs[0].dim * exchange_itemsize
     return {
         "input_dist": np.zeros(plan.ranks, np.int64),
-        "output_dist": others * (plan.ranks - 1) * row_bytes,
-        "grad_dist": (others.sum() - others) * row_bytes,
-        "all_reduce": np.full(plan.ranks, ring_bytes(replicated, plan.ranks)),
+        "output_dist": (outward + outward_inside) * row_bytes,
+        "grad_dist": (inward + inward_inside) * row_bytes,
+        "all_reduce": np.full(plan.ranks, reduced),
+        "across": (outward + inward) * row_bytes,
     }
 
 

@@ -32,6 +32,7 @@ from embedding.exchange_route import FlatRoute, Route, call
 from embedding.node_route import NodeRoute, Nodes
 from embedding.pair_lists import PairLists, count_pairs, list_pairs
 from embedding.placement import Plan
+from embedding.reduce_way import ring_bytes
 from embedding.row_moves import move_rows
 from embedding.runs import UnitUpdate
 from embedding.sparse_optim import mark_touched, sgd_one_hot
@@ -334,14 +335,15 @@ class ExchangedEmbedding:
         guard.view(np.int32)[OVERFLOW : OVERFLOW + 1].fill(0)
 
     def bytes_sent(self, buffers: ExchangeBuffers) -> dict[str, int]:
-        """Bytes that a batch sends to other ranks, as ``HybridEmbedding.bytes_sent`` counts them."""
-        size, row_bytes = self.comm.size, self._dim * buffers.route.gradients.dtype.itemsize
-        reduced, (outward, inward) = self._sums.num_bytes, buffers.route.sent_rows
+        """Bytes that a batch hands to the carrier for other ranks, inside nodes and between (``capacity_bytes``)."""
+        row_bytes, (outward, inward) = self._dim * buffers.route.gradients.dtype.itemsize, buffers.route.sent_rows
+        reduced = 0 if buffers.grad_vectors is None else ring_bytes(self._sums.num_bytes, self.comm.size)
+        flag = 0 if self._nodes is None else ring_bytes(buffers.lists.flag.nbytes, self.comm.size)
         return {
             "input_dist": 0,
             "output_dist": outward * row_bytes,
             "grad_dist": 0 if buffers.grad_vectors is None else inward * row_bytes,
-            "all_reduce": 0 if buffers.grad_vectors is None else reduced * 2 * (size - 1) // size,
+            "all_reduce": reduced + flag,
         }
 
     def _named(self, buffers: ExchangeBuffers) -> int:

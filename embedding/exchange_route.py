@@ -36,7 +36,7 @@ class Route(Protocol):
         keys: [n] int32, store rows that ``gradients`` are of; padded.
         gradients: [n, D], after ``inward``.
         own: the last so many of them are of this rank's own part of the batch.
-        sent_rows: rows that leave this rank, outward and inward.
+        sent_rows: rows that leave this rank, outward and inward; by node, those that are passed on leave twice.
     """
 
     keys: Array

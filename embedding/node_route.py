@@ -144,7 +144,7 @@ class NodeRoute:
         self._own = lists.capacities[layout.rank]
         self._plan_outward()
         self._trains = trains
-        self.sent_rows = 0, 0
+        self.sent_rows = sum(self._inside_counts) + sum(self._cross_counts), 0
         self.keys, self.gradients, self.own = lists.given[:0], device.zeros((0, dim), wire), 0
         if trains:
             self._plan_inward()
@@ -281,7 +281,7 @@ class NodeRoute:
         self.keys, self.own = device.zeros(max(1, total), np.int32)[:total], self._own
         self.gradients = device.zeros((total, self._dim), self._wire)
         self._unit = UnitUpdate.create(device)
-        self.sent_rows = sum(self._cross_counts), sum(self._sum_counts)
+        self.sent_rows = self.sent_rows[0], sum(self._back_counts) + sum(self._sum_counts)
 
     def prepare(self) -> None:
         """See ``Route``: find the distinct rows of this node for the owners of its lane, and of others as an owner."""

@@ -28,6 +28,7 @@ from embedding.plan import (
 )
 from embedding.plan_search import spread
 from embedding.plan_trial import plans_on_first_rank
+from embedding.reduce_way import ReduceWay
 
 SGD = OptimizerConfig(kind="sgd")
 ROWWISE = OptimizerConfig(kind="rowwise_adagrad")
@@ -83,6 +84,7 @@ def test_plans_hold_every_row_and_obey_what_is_forced(
         frequencies={spec.name: Frequency.power_law(spec.rows, 1.1) for spec in specs},
     )  # fmt: skip
     assert plan_from_values(json.loads(json.dumps(plan.to_values()))) == plan
+    assert (plan.reduce_start_bytes > 0) == (ranks > 1)
     assert plan.memory().tolist() == [plan.rank_bytes(rank) for rank in range(ranks)]
     for spec, placement in zip(specs, plan.placements, strict=True):
         kind = forced.get(spec.name)
@@ -282,3 +284,18 @@ def test_all_ranks_get_the_first_ones_error() -> None:
         return str(caught.value)
 
     assert run_ranks(3, on_rank) == ["no such plan"] * 3
+
+
+def test_a_plan_saved_before_starts_were_counted_sums_touched_rows(rng: np.random.Generator) -> None:
+    """A run that goes on from such a checkpoint keeps its way; one saved now keeps its own, too."""
+    rows = int(rng.integers(2, 50))
+    specs = [TableSpec(name="t", rows=rows, dim=8)]
+    plan = make_plan(specs, 4, batch_size=10**6, optimizer=SGD, placements={"t": "replicated"})
+    values = json.loads(json.dumps(plan.to_values()))
+    assert ReduceWay.of(plan_from_values(values), [0]) == ReduceWay.of(plan, [0])
+    assert ReduceWay.of(plan, [0]).is_dense(rows, 10**6, 8, 4)
+    for name in ("reduce_start_bytes", "batch_size"):
+        del values[name]
+    for prediction in values["predictions"]:
+        del prediction["touched_rows"]
+    assert not ReduceWay.of(plan_from_values(values), [0]).is_dense(rows, 10**6, 8, 4)

@@ -102,9 +102,30 @@ def test_a_plan_for_gpus_counts_what_they_send(dataset: Dataset) -> None:
         )
         for captured in (True, False)
     )
-    assert on_gpus["keys"] < on_cpus["keys"]
+    assert on_gpus["keys"] == 0 < on_cpus["keys"]
     # 2 (W - 1) / W of 4 bytes a number.
     assert on_gpus["all_reduce"] == pytest.approx(1.5 * 4 * (first.rows - 1) * 8 / FREE.inside_reduce.bytes_per_s)
+
+
+@pytest.mark.parametrize(("nodes", "all_to_all"), [(1, "flat"), (2, "flat"), (2, "hierarchical")])
+def test_a_plan_for_gpus_starts_what_they_start(dataset: Dataset, nodes: int, all_to_all: str) -> None:
+    """Rows of all tables in one exchange each way, one all-reduce of gradients, and by node one more of a flag."""
+    second = Link(1e30, 1.0)
+    slow = replace(DEFAULT, inside=second, across=second, inside_reduce=second, across_reduce=second)
+    names = [table.name for table in dataset.tables]
+    config = config_of(
+        dataset, placement="row_wise", all_to_all=all_to_all,
+        tables={names[0]: {"placement": "hybrid", "threshold": 7}, names[1]: {"placement": "table_wise"}},
+    )  # fmt: skip
+    plan = planning.plan_tables(config, dataset.tables, ranks=4, nodes=nodes, captured=True, links=slow)
+    assert plan.all_to_all == all_to_all
+    seconds = dict(plan.seconds)
+    messages = 2 if all_to_all == "hierarchical" else 3  # to a mate, and to the other node's lane; to 3 ranks
+    rounds = 4  # of an all-reduce: 2 ceil(log2 4), or 2 on each level
+    assert seconds["keys"] == 0
+    assert seconds["vectors"] == pytest.approx(messages)
+    assert seconds["gradients"] == pytest.approx(messages)
+    assert seconds["all_reduce"] == pytest.approx(rounds * (2 if all_to_all == "hierarchical" else 1))
 
 
 def test_a_table_without_pooling_counts_once_for_each_key(dataset: Dataset) -> None:

@@ -18,10 +18,10 @@ from dlrm.device import HostDevice
 from dlrm.errors import ConfigError
 from embedding.batch_cost import capacity_bytes
 from embedding.captured_exchange import ExchangedEmbedding
-from embedding.captured_placement import owner_shares, pair_capacities
+from embedding.captured_placement import node_rows, owner_shares, pair_capacities
 from embedding.comm import SingleComm
 from embedding.comm_counting import CountingComm
-from embedding.placement import Placement, Plan, TableSpec
+from embedding.placement import Placement, Plan, TableSpec, node_of_ranks
 from embedding.topology import share_of
 
 
@@ -43,34 +43,42 @@ def test_exchange_by_nodes(nodes: int, ranks: int, seed: int) -> None:
         np.testing.assert_array_equal(one.vectors[0], other.vectors[0])
 
 
-@pytest.mark.parametrize(("ranks", "precision"), [(2, "fp32"), (4, "fp32"), (4, "bf16")])
-def test_bytes_are_those_of_the_capacities(ranks: int, precision: str, seed: int) -> None:
-    """What the formula says, what the tables say and what reached the carrier, even where lists run over."""
-    case = xc.ExchangeCase(seed=seed, precision=precision)
-    capacities = pair_capacities(
-        xc.plan_of(case, ranks),
-        share_of(48, ranks, 0),
-        owner_shares(xc.plan_of(case, ranks), list(xc.draw(case)[0][0])),
-    )
-    itemsize = 4 if precision == "fp32" else 2
-    expected = capacity_bytes(xc.plan_of(case, ranks), capacities, exchange_itemsize=itemsize)
+@pytest.mark.parametrize("by_node", [False, True])
+@pytest.mark.parametrize(
+    ("ranks", "nodes", "precision"), [(2, 1, "fp32"), (3, 3, "fp32"), (4, 2, "fp32"), (4, 2, "bf16"), (6, 2, "fp32")]
+)
+def test_bytes_are_those_of_the_capacities(ranks: int, nodes: int, precision: str, by_node: bool, seed: int) -> None:
+    """What the formula says, what the tables say and what reached the carrier on both levels, whatever the keys are."""
+    case = xc.ExchangeCase(seed=seed, precision=precision, nodes=nodes if by_node else 1, batches=(300, 300, 300))
+    plan, keys = xc.plan_of(case, ranks), xc.draw(case)[0][0]
+    capacities = pair_capacities(plan, share_of(300, ranks, 0), owner_shares(plan, list(keys)))
+    node_of = node_of_ranks(ranks, nodes)
+    plan = replace(plan, nodes=nodes, all_to_all="hierarchical" if by_node and nodes > 1 else "flat")
+    members = [[rank for rank in range(ranks) if node_of[rank] == node] for node in range(nodes)]
+    expected = capacity_bytes(
+        plan, capacities, exchange_itemsize=4 if precision == "fp32" else 2,
+        distinct=node_rows(plan, keys, members) if by_node else None,
+    )  # fmt: skip
 
-    def work(comm: Any) -> tuple[list[int], dict[str, int]]:
-        counting = CountingComm(comm, [0] * comm.size)
+    def work(comm: Any) -> tuple[list[tuple[int, int]], dict[str, int]]:
+        counting = CountingComm(comm, node_of)
         trainer = xc.Trainer(case, counting, HostDevice(compiled=False))
         sent = []
-        for number in range(2):
+        for number in range(len(case.batches)):
             buffers = trainer.upload(number)
             trainer.input_dist(number)
             trainer.set_up(number)
             counting.traffic.clear()
             trainer.step(buffers)
-            sent.append(counting.traffic.bytes_inside)
+            sent.append((counting.traffic.bytes_inside, counting.traffic.bytes_across))
         return sent, trainer.embedding.bytes_sent(buffers)
 
     for rank, (sent, told) in enumerate(rank_threads.run_ranks(ranks, work)):
-        assert told == {name: int(values[rank]) for name, values in expected.items()}
-        assert sent == [sum(told.values())] * 2
+        assert told == {name: int(values[rank]) for name, values in expected.items() if name != "across"}
+        across = int(expected["across"][rank])
+        if node_of[rank] != node_of[(rank + 1) % ranks]:  # reductions count as rings
+            across += told["all_reduce"]
+        assert sent == [(sum(told.values()) - across, across)] * len(case.batches)
 
 
 def test_nodes_of_different_sizes_are_refused() -> None:
