@@ -91,7 +91,7 @@ def check_batch(
     table, position = bad_key(keys.keys, offsets, rows, keys.num_rows, keys.one_hot, device=device)
     here = f"rank {comm.rank}: " if comm.size > 1 else ""
     if table < 0:
-        _check_bag_keys(keys, specs, here)
+        check_bag_keys(keys, specs, here)
         return
     spec = specs[table]
     if position < 0:
@@ -102,7 +102,17 @@ def check_batch(
     )
 
 
-def _check_bag_keys(keys: Jagged, specs: Sequence[TableSpec], here: str) -> None:
+def check_bag_keys(keys: Jagged, specs: Sequence[TableSpec], here: str = "") -> None:
+    """Refuse bags that hold another number of keys than all bags of their table have to.
+
+    Args:
+        keys: of the host, of all tables.
+        specs: the tables.
+        here: what the message begins with.
+
+    Raises:
+        DataError: with the table and the row.
+    """
     for table, spec in enumerate(specs):
         if spec.bag_keys is None or (spec.bag_keys == 1 and keys.offsets is None):
             continue

@@ -1,7 +1,11 @@
 """Tables of one GPU, looked up and updated by steps that are captured into CUDA graphs.
 
 Between ``input_dist`` and ``sparse_update`` nothing is allocated and the host waits for nothing; whatever changes from
-step to step is read from the two blocks of ``dlrm.scalars``. Shapes: T tables, B rows of the batch, F = first + T
+step to step is read from the two blocks of ``dlrm.scalars``.
+
+To the kernels a table whose vectors are not pooled is H tables of one key a bag that share their rows: *features*.
+
+Shapes: T tables, V features (vectors of a row: T, where all tables are pooled), B rows of the batch, F = first + V
 places, D columns, K keys.
 """
 
@@ -15,12 +19,14 @@ import numpy as np
 
 from dlrm.config import OptimizerConfig
 from dlrm.device import Array, Device
-from dlrm.errors import ConfigError, DeviceError
-from embedding.batch import check_arrays
+from dlrm.errors import DeviceError
+from embedding.batch import check_arrays, check_bag_keys
 from embedding.buffers import NO_OFFSETS, NO_WEIGHTS, BatchBuffers
 from embedding.captured_update import CapturedUpdate
+from embedding.concat import concat_parts, offsets_of_vectors
+from embedding.jagged import Jagged
 from embedding.lookup import gather_pool
-from embedding.plan import TableSpec
+from embedding.placement import TableSpec, tables_of_vectors
 from embedding.sparse_optim import bytes_per_row
 from embedding.store_mirrors import StoreMirrors
 from embedding.table import Part, Shard, ShardStore, create_shards
@@ -31,8 +37,8 @@ class CapturedBuffers(BatchBuffers):
     """One batch in flight; its keys are written by whoever uploads the batch.
 
     Attributes:
-        keys: [K] int32 or int64 of the device, table-major.
-        offsets: [T * B + 1] int64 of the device; empty for one key a bag.
+        keys: [K] int32 or int64 of the device, feature-major.
+        offsets: [V * B + 1] int64 of the device; empty for one key a bag.
         weights: [K] float32 of the device; empty for none.
         update: of the rows that the keys name; ``None``: forward only.
     """
@@ -54,8 +60,9 @@ class CapturedEmbedding:
     Attributes:
         specs: the tables, in manifest order.
         store: their rows on the device.
-        mean: [T] bool of the device: mean pooling, otherwise sum.
-        place: [T] int64 of the device: place of each table in the vectors.
+        row_start: [V] int64 of the device: first row of each feature's table.
+        mean: [V] bool of the device: mean pooling, otherwise sum.
+        place: [V] int64 of the device: place of each feature in the vectors.
     """
 
     def __init__(
@@ -81,15 +88,8 @@ class CapturedEmbedding:
             deterministic: no sums in an order of their own making.
 
         Raises:
-            ConfigError: a table's vectors are concatenated.
             DeviceError: the tables do not fit the device's memory.
         """
-        for spec in specs:
-            if spec.num_vectors > 1:
-                raise ConfigError(
-                    f"table '{spec.name}': pooling concat does not run on a GPU yet; set device: cpu, or "
-                    "pool by sum or mean"
-                )
         self.specs, self.first = tuple(specs), first
         self._device, self._optimizer, self._deterministic = device, optimizer, deterministic
         self._dim = specs[0].dim if specs else 1
@@ -99,8 +99,11 @@ class CapturedEmbedding:
             parts, self._dim, device=device, optimizer=optimizer, dtype=table_dtype, seed=seed
         )
         xp = device.xp
-        self._mean = np.array([spec.pooling == "mean" for spec in specs], np.bool_)
-        self.mean, self.place = xp.asarray(self._mean), xp.arange(first, first + len(specs), dtype=np.int64)
+        tables = np.array(tables_of_vectors(specs), np.int64)
+        self._features = len(tables)
+        self._mean = np.array([specs[table].pooling == "mean" for table in tables], np.bool_)
+        self.mean, self.place = xp.asarray(self._mean), xp.arange(first, first + len(tables), dtype=np.int64)
+        self.row_start = xp.asarray(device.to_host(self.store.row_start)[tables])
         self._nothing = xp.asarray(NO_OFFSETS), xp.asarray(NO_WEIGHTS)
         self._updates: list[CapturedUpdate] = []
         self._touched: Array | None = None
@@ -149,45 +152,58 @@ class CapturedEmbedding:
         Raises:
             ConfigError: an array has another shape, dtype or layout.
         """
-        check_arrays(vectors, grad_vectors, capacity, (self.first + len(self.specs), self._dim), vectors.dtype)
+        check_arrays(vectors, grad_vectors, capacity, (self.first + self._features, self._dim), vectors.dtype)
         buffers = CapturedBuffers(capacity, vectors, grad_vectors)
-        buffers.keys = self._device.zeros(max(1, len(self.specs) * capacity), np.int32)
+        buffers.keys = self._device.zeros(max(1, self._features * capacity), np.int32)
         buffers.offsets, buffers.weights = self._nothing
         if grad_vectors is not None:
-            buffers.update = self._make_update(len(self.specs) * capacity, one_hot=True, weighted=False)
+            buffers.update = self._make_update(self._features * capacity, one_hot=True, weighted=False)
         return buffers
 
     def take_bags(self, keys: Array, offsets: Array | None, weights: Array | None, buffers: CapturedBuffers) -> None:
         """Copy a batch of bags from the host; what has to grow is allocated, so this is nothing for a capture.
 
         Args:
-            keys: [K] int32 or int64.
+            keys: [K] int32 or int64, table-major.
             offsets: [T * B + 1] int64; ``None``: one key a bag.
             weights: [K] float32, or ``None``.
             buffers: the batch's.
+
+        Raises:
+            DataError: a bag of a table whose vectors are not pooled holds another number of keys than all.
         """
         device, count = self._device, len(keys)
+        rows = (count if offsets is None else len(offsets) - 1) // max(1, len(self.specs))
+        check_bag_keys(Jagged(keys, offsets, weights, len(self.specs), rows), self.specs)
         if len(buffers.keys) < count or buffers.keys.dtype != keys.dtype:
             buffers.keys = device.empty(count + count // 4 + 1, keys.dtype)
         device.upload(keys, buffers.keys[:count])
-        buffers.offsets = self._nothing[0]
-        if offsets is not None:
-            buffers.offsets = device.upload(offsets, device.empty(len(offsets), np.int64))
-        buffers.weights = self._nothing[1]
+        buffers.offsets, buffers.weights = self._nothing
         if weights is not None:
             buffers.weights = device.upload(weights, device.empty(len(weights), np.float32))
+            offsets = np.arange(count + 1) if offsets is None else offsets
+        if offsets is not None:
+            for part, bag_keys in concat_parts(self.specs, offsets, rows):
+                for array in (buffers.keys, buffers.weights)[: 1 if weights is None else 2]:
+                    array[part] = array[part].reshape(rows, bag_keys).T.reshape(-1)
+            offsets = offsets_of_vectors(self.specs, offsets, rows)
+            if weights is None and self._features > len(self.specs) and bool((np.diff(offsets) == 1).all()):
+                offsets = None
+        if offsets is not None:
+            buffers.offsets = device.upload(offsets, device.empty(len(offsets), np.int64))
         update = buffers.update
         if update is None:
             return
         form = {"one_hot": offsets is None, "weighted": weights is not None}
-        if not update.serves(count, **form):
+        # How many of them a batch has, kernels read on the device; they are handed all there is room for.
+        if not update.serves(len(buffers.keys), **form):
             self._updates.remove(update)
-            buffers.update = self._make_update(count + count // 4, **form)
+            buffers.update = self._make_update(len(buffers.keys), **form)
 
     def _make_update(self, num_keys: int, *, one_hot: bool, weighted: bool) -> CapturedUpdate:
         update = CapturedUpdate(
-            self._optimizer, self.store, self._mean, np.arange(self.first, self.first + len(self.specs)), num_keys,
-            one_hot=one_hot, weighted=weighted, deterministic=self._deterministic, device=self._device,
+            self._optimizer, self.store, self._mean, self.place, num_keys, one_hot=one_hot, weighted=weighted,
+            deterministic=self._deterministic, device=self._device, row_start=self.row_start,
         )  # fmt: skip
         update.touched = self._touched
         self._updates.append(update)
@@ -210,7 +226,7 @@ class CapturedEmbedding:
         if self.specs and buffers.num_rows:
             store = self.store
             gather_pool(
-                store.weight, store.row_start, self._keys(buffers), buffers.offsets, buffers.weights, self.mean,
+                store.weight, self.row_start, self._keys(buffers), buffers.offsets, buffers.weights, self.mean,
                 self.place, buffers.num_rows, buffers.vectors, device=self._device,
             )  # fmt: skip
 
@@ -236,7 +252,7 @@ class CapturedEmbedding:
             )  # fmt: skip
 
     def _keys(self, buffers: CapturedBuffers) -> Array:
-        return buffers.keys[: len(self.specs) * buffers.num_rows] if buffers.one_hot else buffers.keys
+        return buffers.keys[: self._features * buffers.num_rows] if buffers.one_hot else buffers.keys
 
 
 def check_memory(specs: Sequence[TableSpec], optimizer: OptimizerConfig, itemsize: int, device: Device) -> None:

@@ -34,6 +34,7 @@ class CapturedUpdate:
         weighted: whether keys have weights.
         deterministic: no sums in an order of their own making.
         device: holds the rows.
+        row_start: [T] int64 of the device, first row of each table; ``None``: the store's. Features may share a table.
 
     Attributes:
         atomic: whether gradients are added to the rows as they come: SGD over float32 rows with one key a bag, where
@@ -55,7 +56,9 @@ class CapturedUpdate:
         weighted: bool,
         deterministic: bool,
         device: Device,
+        row_start: Array | None = None,
     ) -> None:
+        self._row_start = store.row_start if row_start is None else row_start
         self._kind, self._store, self._device = optimizer.kind, store, device
         self._form = (one_hot, weighted)
         rows, dim = store.weight.shape
@@ -85,10 +88,9 @@ class CapturedUpdate:
             key_weights: [K] float32; empty for none.
             num_rows: B.
         """
-        store = self._store
         if self._sort is not None:
-            rows = len(store.weight)
-            self._run(sort_rows, store.row_start, keys, offsets, key_weights, num_rows, rows, self._sort)
+            rows = len(self._store.weight)
+            self._run(sort_rows, self._row_start, keys, offsets, key_weights, num_rows, rows, self._sort)
 
     def update(
         self,
@@ -114,13 +116,13 @@ class CapturedUpdate:
         store = self._store
         if self.touched is not None:
             # Also where the guard then keeps the row: saving a row too many is no harm.
-            self._run(mark_touched, keys, offsets, store.row_start, num_rows, self.touched)
+            self._run(mark_touched, keys, offsets, self._row_start, num_rows, self.touched)
         if self._sort is None:
             rest = (self._place, num_rows, gradients, scalars, guard)
-            self._run(sgd_one_hot, store.weight, store.row_start, keys, *rest)
+            self._run(sgd_one_hot, store.weight, self._row_start, keys, *rest)
             return
         self._run(
-            update_sorted, self._kind, store.weight, list(store.state.values()), store.row_start, keys, offsets,
+            update_sorted, self._kind, store.weight, list(store.state.values()), self._row_start, keys, offsets,
             key_weights, self._mean, self._place, num_rows, gradients, self._origins, scalars, guard, self._sort,
         )  # fmt: skip
 

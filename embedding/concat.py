@@ -9,7 +9,7 @@ Shapes: B rows of this rank, H keys of a bag, T tables of this group (or their c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,43 @@ from embedding.buffers import BatchBuffers, Finish
 from embedding.exchange import gather_vectors, scatter_vectors
 from embedding.groups import Group
 from embedding.jagged import Jagged
+from embedding.placement import TableSpec
 from embedding.table import Shard
+
+
+def concat_parts(specs: Sequence[TableSpec], offsets: Array, rows: int) -> Iterator[tuple[slice, int]]:
+    """Where the keys of each table lie whose vectors are not pooled, and how many of them its bags hold.
+
+    Args:
+        specs: the tables.
+        offsets: [tables * B + 1] int64 of the host; all bags of such a table hold H keys.
+        rows: B.
+    """
+    for table, spec in enumerate(specs):
+        if spec.num_vectors > 1:
+            begin = int(offsets[table * rows])
+            yield slice(begin, begin + rows * spec.num_vectors), spec.num_vectors
+
+
+def offsets_of_vectors(specs: Sequence[TableSpec], offsets: Array, rows: int) -> Array:
+    """Offsets of a bag for each of a row's vectors: where they are not pooled one key, H bags of them a row.
+
+    Args:
+        specs: the tables.
+        offsets: [tables * B + 1] int64 of the host, as ``concat_parts``.
+        rows: B.
+
+    Returns:
+        [V * B + 1] int64, V vectors of a row; the keys of a table that is not pooled have been turned from row by row
+        ([B, H]) to vector by vector ([H, B]).
+    """
+    parts = []
+    for table, spec in enumerate(specs):
+        own = offsets[table * rows : (table + 1) * rows]
+        if spec.num_vectors > 1 and rows:
+            own = own[0] + np.arange(rows * spec.num_vectors)
+        parts.append(own)
+    return np.concatenate([*parts, offsets[-1:]])
 
 
 @dataclass(slots=True)

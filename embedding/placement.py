@@ -87,6 +87,11 @@ def places_of(specs: Sequence[TableSpec], first: int) -> tuple[list[int], int]:
     return places, total
 
 
+def tables_of_vectors(specs: Sequence[TableSpec]) -> list[int]:
+    """The table of each of a row's vectors."""
+    return [table for table, spec in enumerate(specs) for _ in range(spec.num_vectors)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """Where one table's rows lie.
