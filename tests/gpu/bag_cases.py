@@ -20,8 +20,8 @@ EMBEDDING: dict[str, Any] = {
     }
 }
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "sgd": {"kind": "sgd", "lr": 0.5},
-    "momentum": {"kind": "momentum", "lr": 0.1},
+    "sgd": {"kind": "sgd", "lr": 0.1},
+    "momentum": {"kind": "momentum", "lr": 0.03},
     "adagrad": {"kind": "adagrad", "lr": 0.05},
     "rowwise_adagrad": {"kind": "rowwise_adagrad", "lr": 0.05},
     "adam": {"kind": "adam", "lr": 0.01, "eps": 0.05},
