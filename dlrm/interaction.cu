@@ -4,7 +4,9 @@
 // Macros: DIM = D, a multiple of 8; VECTORS = F, at most 64; FIRST: 1 if place 0 is the bottom output; NUMBER: half_t
 // or bfloat_t; ALIGNED: 1 if the pairs' rows begin at multiples of 16 bytes and have room for a whole number of them;
 // RELU: 1 if place 0 came out of a ReLU whose derivative a backward pass is to apply; fused: WEIGHT, KEY: element types;
-// BLOCKS: of a multiprocessor, backward; BATCHED: strips whose vectors a warp asks for together.
+// BLOCKS: of a multiprocessor, backward; BATCHED: strips whose vectors a warp asks for together; LISTED: rows lie in
+// the tables or among those that have come from other GPUs, as a list says; SENT: 1 if gradients of such rows go where
+// the others are sent from.
 //
 // A warp has one row of the batch. Lane l reads 16 bytes of vector l / 4 (+ 8, 16, ...): eight numbers at column
 // 8 (l % 4) (+ 32, 64, ...). A product of vectors does not mind the order of the columns, so that these registers are
@@ -140,8 +142,13 @@ struct Gradients {
     }
   }
 
-  // Columns 32 strip ... of all grad_vectors, from the same columns of the vectors.
   DEVICE void write_strip(const uint4 (&x)[BANDS], const NUMBER* row, int strip, int lane, NUMBER* grad_vectors) const {
+    write_strip_to(x, row, strip, lane, [=](int, int vector) { return grad_vectors + vector * DIM; });
+  }
+
+  // Columns 32 strip ... of all gradients of vectors, from the same columns of the vectors; `target` says where they go.
+  template <typename Target>
+  DEVICE void write_strip_to(const uint4 (&x)[BANDS], const NUMBER* row, int strip, int lane, Target target) const {
     const int column = 32 * strip + lane % 4 * 8;
     float c[TILES][4][4];
 #pragma unroll
@@ -177,7 +184,7 @@ struct Gradients {
         result = make_uint4(relu_gradient(result.x, y.x), relu_gradient(result.y, y.y),
                             relu_gradient(result.z, y.z), relu_gradient(result.w, y.w));
       }
-      if (vector < VECTORS && column < DIM) *reinterpret_cast<uint4*>(grad_vectors + vector * DIM + column) = result;
+      if (vector < VECTORS && column < DIM) *reinterpret_cast<uint4*>(target(band, vector) + column) = result;
     }
   }
 };
@@ -237,16 +244,20 @@ KERNEL void __launch_bounds__(128) interaction_backward(
 
 #else  // WEIGHT: straight from the tables
 
+constexpr int COUNT = ASKED < BATCHED ? ASKED : BATCHED;
+
+DEVICE uint4 packed(float4 a, float4 b) {
+  return make_uint4(pack(NUMBER(), a.x, a.y), pack(NUMBER(), a.z, a.w), pack(NUMBER(), b.x, b.y), pack(NUMBER(), b.z, b.w));
+}
+
+#ifndef LISTED
+
 // Eight numbers of a table row, in the type that the tensor cores multiply.
 DEVICE uint4 fragment(const NUMBER* source) { return read_16(source); }
 template <typename S>
 DEVICE uint4 fragment(const S* source) {
-  const float4 low = read_4(source), high = read_4(source + 4);
-  return make_uint4(pack(NUMBER(), low.x, low.y), pack(NUMBER(), low.z, low.w), pack(NUMBER(), high.x, high.y),
-                    pack(NUMBER(), high.z, high.w));
+  return packed(read_4(source), read_4(source + 4));
 }
-
-constexpr int COUNT = ASKED < BATCHED ? ASKED : BATCHED;
 
 // The rows of the batch that a warp takes in turn. Lane l knows the keys of the bands' vectors l / 4, and asks for the
 // next row's keys while it works on this one.
@@ -370,5 +381,171 @@ KERNEL void __launch_bounds__(128, BLOCKS) gather_interaction_backward(
     __syncwarp();
   }
 }
+
+#else  // LISTED
+
+// Where a row of the batch has its vectors. Lane l knows the vectors l / 4 of the bands, and asks for the next row's
+// list while it works on this one.
+struct Listed {
+  const int* list;  // [T, B]
+  int64 num_rows;
+  int item[BANDS];
+
+  static DEVICE int table_of(int band, int lane) { return 8 * band + lane / 4 - FIRST; }
+  static DEVICE bool is_table(int table) { return table >= 0 && table < VECTORS - FIRST; }
+
+  DEVICE Listed(const int* list, int64 num_rows, int64 b, int lane) : list(list), num_rows(num_rows) { ask(b, lane); }
+
+  DEVICE void ask(int64 b, int lane) {
+#pragma unroll
+    for (int band = 0; band < BANDS; ++band) {
+      const int table = table_of(band, lane);
+      if (is_table(table) && b < num_rows) item[band] = list[table * num_rows + b];
+    }
+  }
+};
+
+// Bytes of the tables' rows, and of those that are in the type that is multiplied: place 0 and what has come.
+struct Sources {
+  const unsigned char* rows[BANDS];
+  uint32 narrow;  // bit n: that of band n is one of these
+
+  DEVICE void take(const Listed& list, const WEIGHT* weight, const NUMBER* come, const NUMBER* bottom, int lane) {
+    narrow = 0;
+#pragma unroll
+    for (int band = 0; band < BANDS; ++band) {
+      const int item = Listed::is_table(Listed::table_of(band, lane)) ? list.item[band] : 0;
+      rows[band] = item >= 0 ? reinterpret_cast<const unsigned char*>(weight + int64(item) * DIM)
+                             : reinterpret_cast<const unsigned char*>(come + int64(~item) * DIM);
+      if (item < 0) narrow |= 1u << band;
+      if (FIRST && band == 0 && lane < 4) {
+        rows[band] = reinterpret_cast<const unsigned char*>(bottom);
+        narrow |= 1;
+      }
+    }
+  }
+};
+
+DEVICE uint4 narrowed(const float*, uint4 low, uint4 high) { return packed(floats(low), floats(high)); }
+DEVICE uint4 narrowed(const NUMBER*, uint4 low, uint4) { return low; }
+template <typename S>
+DEVICE uint4 narrowed(const S*, uint4 low, uint4) {
+  return packed(floats<S>(make_uint2(low.x, low.y)), floats<S>(make_uint2(low.z, low.w)));
+}
+
+// As read_rows; all lanes read alike, whatever their row is, so that nothing waits for another lane's row.
+DEVICE void read_sources(const Sources& own, int first_strip, int lane, uint4 (&x)[COUNT][BANDS]) {
+  constexpr bool WIDE = sizeof(WEIGHT) == 4;
+  uint4 low[COUNT][BANDS], high[COUNT][BANDS];
+#pragma unroll
+  for (int s = 0; s < COUNT; ++s) {
+    const int column = 32 * (first_strip + s) + lane % 4 * 8;
+#pragma unroll
+    for (int band = 0; band < BANDS; ++band) {
+      const bool narrow = own.narrow >> band & 1;
+      low[s][band] = high[s][band] = make_uint4(0, 0, 0, 0);
+      if (8 * band + lane / 4 < VECTORS && column < DIM) {
+        const unsigned char* source = own.rows[band] + column * (narrow ? 2 : int(sizeof(WEIGHT)));
+        low[s][band] = read_16(source);
+        if (WIDE && !narrow) high[s][band] = read_16(source + 16);
+      }
+    }
+  }
+#pragma unroll
+  for (int s = 0; s < COUNT; ++s) {
+#pragma unroll
+    for (int band = 0; band < BANDS; ++band) {
+      x[s][band] = own.narrow >> band & 1 ? low[s][band]
+                                          : narrowed(static_cast<const WEIGHT*>(nullptr), low[s][band], high[s][band]);
+    }
+  }
+}
+
+// gather_interaction of the rows weight[sources[t, b]], or come[~sources[t, b]] where that is negative.
+KERNEL void __launch_bounds__(128) listed_interaction(
+    const NUMBER* __restrict__ bottom, int64 bottom_stride, const WEIGHT* __restrict__ weight,
+    const NUMBER* __restrict__ come, const int* __restrict__ sources, int64 num_rows, int64 out_stride,
+    NUMBER* __restrict__ out) {
+  DYNAMIC_SHARED(shared);
+  const int lane = threadIdx.x % LANES;
+  NUMBER* row = reinterpret_cast<NUMBER*>(shared) + threadIdx.x / LANES * PADDED;
+  const int warps = blockDim.x / LANES;
+  const int64 step = int64(gridDim.x) * warps;
+  int64 b = int64(blockIdx.x) * warps + threadIdx.x / LANES;
+  if (b >= num_rows) return;
+  Listed list(sources, num_rows, b, lane);
+  clear_padding(row, lane);
+  for (; b < num_rows; b += step) {
+    Sources own;
+    own.take(list, weight, come, bottom + b * bottom_stride, lane);
+    list.ask(b + step, lane);
+    Products products;
+    products.clear();
+#pragma unroll
+    for (int first_strip = 0; first_strip < STRIPS; first_strip += COUNT) {
+      uint4 x[COUNT][BANDS];
+      read_sources(own, first_strip, lane, x);
+#pragma unroll
+      for (int s = 0; s < COUNT; ++s) {
+        write_bottom(row, x[s][0], first_strip + s, lane);
+        products.add_strip(x[s]);
+      }
+    }
+    products.write_pairs(row, lane);
+    __syncwarp();
+    copy_row(out + b * out_stride, row, lane);
+    __syncwarp();
+  }
+}
+
+// gather_interaction_backward of the same rows. Where SENT, the gradient of the row slots[t, b] of those that were asked
+// for takes the place of that row in `come`, or from `num_come` on goes to `own`; the others go to grad_vectors. A
+// thread has read a number of `come` before it writes there, and nobody else reads it.
+KERNEL void __launch_bounds__(128, BLOCKS) listed_interaction_backward(
+    const NUMBER* __restrict__ bottom, int64 bottom_stride, const WEIGHT* __restrict__ weight, NUMBER* come,
+    const int* __restrict__ sources, const NUMBER* __restrict__ grad_out, int64 num_rows, int64 grad_stride,
+    NUMBER* grad_vectors, const int* __restrict__ slots, int num_come, NUMBER* own) {
+  DYNAMIC_SHARED(shared);
+  const int lane = threadIdx.x % LANES;
+  NUMBER* row = reinterpret_cast<NUMBER*>(shared) + threadIdx.x / LANES * PADDED;
+  const int warps = blockDim.x / LANES;
+  const int64 step = int64(gridDim.x) * warps;
+  int64 b = int64(blockIdx.x) * warps + threadIdx.x / LANES;
+  if (b >= num_rows) return;
+  Listed list(sources, num_rows, b, lane);
+  Listed places(SENT ? slots : sources, num_rows, b, lane);
+  for (; b < num_rows; b += step) {
+    Sources rows;
+    rows.take(list, weight, come, bottom + b * bottom_stride, lane);
+    list.ask(b + step, lane);
+    NUMBER* targets[BANDS];
+#pragma unroll
+    for (int band = 0; band < BANDS; ++band) {
+      const int slot = SENT && Listed::is_table(Listed::table_of(band, lane)) ? places.item[band] : -1;
+      targets[band] = slot < 0         ? grad_vectors + (b * VECTORS + 8 * band + lane / 4) * DIM
+                      : slot < num_come ? come + int64(slot) * DIM
+                                        : own + int64(slot - num_come) * DIM;
+    }
+    if (SENT) places.ask(b + step, lane);
+    // The first vectors are on their way while the gradients of the pairs come.
+    uint4 x[COUNT][BANDS];
+    read_sources(rows, 0, lane, x);
+    copy_row(row, grad_out + b * grad_stride, lane);
+    __syncwarp();
+    Gradients gradients;
+    gradients.read(row, lane);
+#pragma unroll
+    for (int first_strip = 0; first_strip < STRIPS; first_strip += COUNT) {
+      if (first_strip) read_sources(rows, first_strip, lane, x);
+#pragma unroll
+      for (int s = 0; s < COUNT; ++s) {
+        gradients.write_strip_to(x[s], row, first_strip + s, lane, [&](int band, int) { return targets[band]; });
+      }
+    }
+    __syncwarp();
+  }
+}
+
+#endif  // LISTED
 
 #endif  // WEIGHT

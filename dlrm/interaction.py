@@ -174,6 +174,103 @@ def gather_interaction_backward(
     return interaction_backward_relu(vectors, grad_out, grad_vectors, first=first, device=device)
 
 
+def listed_interaction(
+    bottom: Array,
+    weight: Array,
+    come: Array,
+    sources: Array,
+    num_rows: int,
+    out: Array,
+    *,
+    first: int,
+    device: Device,
+) -> Array:
+    """``interaction_forward`` of rows of which some lie in tables here, and the others have come from elsewhere.
+
+    Args:
+        bottom: [B, >= D], place 0; not read if ``first`` is 0.
+        weight: [R, D], the tables one after the other.
+        come: [N, D] of the type of ``out``, what has come.
+        sources: [T * B] int32, table-major: row i of ``weight``, or where it is negative row ``~i`` of ``come``.
+        num_rows: B.
+        out: [B, first * D + P], written; its dtype is the one that is multiplied.
+        first: 1 with a bottom output, else 0.
+        device: runs it.
+
+    Returns:
+        ``out``.
+    """
+    kernel = device.kernel(__name__, "listed_interaction")
+    if kernel is not None:
+        kernel(bottom, weight, come, sources, num_rows, out, first)
+        return out
+    vectors = _listed(bottom, weight, come, sources, num_rows, first, out.dtype, device)
+    return interaction_forward(vectors, out, first=first, device=device)
+
+
+def listed_interaction_backward(
+    bottom: Array,
+    weight: Array,
+    come: Array,
+    sources: Array,
+    num_rows: int,
+    grad_out: Array,
+    grad_vectors: Array,
+    slots: Array | None,
+    own: Array,
+    *,
+    first: int,
+    device: Device,
+) -> Array:
+    """``interaction_backward_relu`` of the rows of ``listed_interaction``, read once more.
+
+    Args:
+        bottom: as ``listed_interaction`` had it, as ``weight``, ``come``, ``sources`` and ``num_rows``.
+        weight: [R, D].
+        come: [N, D]; with ``slots`` gradients take the place of rows.
+        sources: [T * B].
+        num_rows: B.
+        grad_out: [B, first * D + P]; its dtype is the one that is multiplied.
+        grad_vectors: [B, F, D], written; place 0 is 0 where ``bottom`` is not above 0.
+        slots: [T * B] int32: where a gradient goes instead: below N to that row of ``come``, which is then the vector's
+            own, from N on to row ``slot - N`` of ``own``; negative: to ``grad_vectors``. ``None``: all go there.
+        own: [M, D] of the type of ``come``.
+        first: 1 with a bottom output, else 0.
+        device: runs it.
+
+    Returns:
+        ``grad_vectors``.
+    """
+    kernel = device.kernel(__name__, "listed_interaction_backward")
+    if kernel is not None:
+        kernel(bottom, weight, come, sources, num_rows, grad_out, grad_vectors, slots, own, first)
+        return grad_vectors
+    vectors = _listed(bottom, weight, come, sources, num_rows, first, grad_out.dtype, device)
+    gradients = interaction_backward_relu(vectors, grad_out, vectors.copy(), first=first, device=device)
+    places = device.xp.full(sources.shape, -1) if slots is None else slots
+    places = places.reshape(-1, num_rows).T
+    if first:
+        grad_vectors[:num_rows, 0] = gradients[:, 0]
+    row, table = device.xp.nonzero(places < 0)
+    grad_vectors[row, first + table] = gradients[row, first + table]
+    for target, begin, end in ((come, 0, len(come)), (own, len(come), len(come) + len(own))):
+        row, table = device.xp.nonzero((places >= begin) & (places < end))
+        target[places[row, table] - begin] = gradients[row, first + table]
+    return grad_vectors
+
+
+def _listed(
+    bottom: Array, weight: Array, come: Array, sources: Array, num_rows: int, first: int, dtype: Any, device: Device
+) -> Array:
+    here = sources.reshape(-1, num_rows)[..., None] >= 0
+    items = sources.reshape(-1, num_rows)
+    rows = weight[device.xp.where(items >= 0, items, 0)].astype(dtype)
+    if len(come):
+        rows = device.xp.where(here, rows, come[device.xp.where(items < 0, ~items, 0)])
+    rows = rows.transpose(1, 0, 2)
+    return device.xp.concatenate([bottom[:num_rows, None, : weight.shape[1]], rows], axis=1) if first else rows
+
+
 def _gathered(
     bottom: Array, weight: Array, row_start: Array, keys: Array, num_rows: int, first: int, dtype: Any, device: Device
 ) -> Array:

@@ -90,6 +90,48 @@ def gather_interaction_backward(
     _fused("gather_interaction_backward", bottom, *tables, grad_out, first, FUSED_BACKWARD, 1, rest, num_rows)
 
 
+def listed_interaction(bottom: Any, weight: Any, come: Any, sources: Any, num_rows: int, out: Any, first: int) -> None:
+    """See ``interaction.listed_interaction``; shapes and types as for ``gather_interaction``.
+
+    Raises:
+        DeviceError: the shape or type is not for the tensor cores.
+    """
+    tables, num_vectors = (weight, come, sources), first + len(sources) // max(1, num_rows)
+    rest = (np.int64(num_rows), np.int64(row_stride(out)), out)
+    _launch("listed_interaction", bottom, tables, num_vectors, out, FUSED_FORWARD, 0, rest, num_rows, _listed(0))
+
+
+def listed_interaction_backward(
+    bottom: Any,
+    weight: Any,
+    come: Any,
+    sources: Any,
+    num_rows: int,
+    grad_out: Any,
+    grad_vectors: Any,
+    slots: Any | None,
+    own: Any,
+    first: int,
+) -> None:
+    """See ``interaction.listed_interaction_backward``; shapes and types as for ``gather_interaction``.
+
+    Raises:
+        DeviceError: the shape or type is not for the tensor cores.
+    """
+    tables, num_vectors = (weight, come, sources), first + len(sources) // max(1, num_rows)
+    rest = (
+        grad_out, np.int64(num_rows), np.int64(row_stride(grad_out)), grad_vectors,
+        sources if slots is None else slots, np.int32(len(come)), own,
+    )  # fmt: skip
+    sent = _listed(int(slots is not None))
+    name = "listed_interaction_backward"
+    _launch(name, bottom, tables, num_vectors, grad_out, FUSED_BACKWARD, 1, rest, num_rows, sent)
+
+
+def _listed(sent: int) -> Defines:
+    return (("LISTED", 1), ("SENT", sent))
+
+
 def _fused(
     name: str,
     bottom: Any,
@@ -103,8 +145,28 @@ def _fused(
     rest: tuple[Any, ...],
     num_rows: int,
 ) -> None:
-    """Launch a kernel over the rows of the tables; ``pairs`` is the interaction's output or its gradient."""
-    num_vectors, dim = first + len(row_start), weight.shape[1]
+    """Launch a kernel over the rows of the tables."""
+    tables = (weight, row_start, keys)
+    _launch(name, bottom, tables, first + len(row_start), pairs, how, relu, rest, num_rows, ())
+
+
+def _launch(
+    name: str,
+    bottom: Any,
+    tables: tuple[Any, Any, Any],
+    num_vectors: int,
+    pairs: Any,
+    how: dict[str, int],
+    relu: int,
+    rest: tuple[Any, ...],
+    num_rows: int,
+    listed: Defines,
+) -> None:
+    """Launch a fused kernel; ``pairs`` is the interaction's output or its gradient, [B, first * D + P]."""
+    if num_rows == 0:
+        return
+    weight, dim = tables[0], tables[0].shape[1]
+    first = int(pairs.shape[1] > num_vectors * (num_vectors - 1) // 2)
     if pairs.dtype.itemsize != 2 or dim % 8 or num_vectors > MOST_VECTORS:
         raise DeviceError(
             f"interaction: {num_vectors} vectors of {dim} columns into {pairs.dtype.name} cannot be fused with the "
@@ -112,14 +174,15 @@ def _fused(
         )
     defines = (
         ("DIM", dim), ("VECTORS", num_vectors), ("FIRST", first), ("NUMBER", c_type(pairs)),
-        ("ALIGNED", aligned(pairs)), ("RELU", relu), ("WEIGHT", c_type(weight)), ("KEY", c_type(keys)), *how.items(),
+        ("ALIGNED", aligned(pairs)), ("RELU", relu), ("WEIGHT", c_type(weight)), ("KEY", c_type(tables[2])),
+        *listed, *how.items(),
     )  # fmt: skip
     kernel = load(TENSOR_CORES, name, defines)
     width = first * dim + num_vectors * (num_vectors - 1) // 2
     blocks = min(-(-num_rows // WARPS), kernel.multiprocessors * how["BLOCKS"])
     stride = np.int64(row_stride(bottom) if first else 0)
     shared = WARPS * -(-width // 8) * 16
-    kernel(blocks, WARPS * 32, bottom, stride, weight, row_start, keys, *rest, shared_bytes=shared)
+    kernel(blocks, WARPS * 32, bottom, stride, *tables, *rest, shared_bytes=shared)
 
 
 def on_tensor_cores(vectors: Any) -> bool:

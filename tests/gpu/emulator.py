@@ -38,7 +38,7 @@ def _without_branches(text: str, defines: Defines) -> str:
 
     def chosen(found: re.Match[str]) -> str:
         first, _, second = found[3].partition("\n#else")
-        return first if (found[1] == "ifdef") == (found[2] in given) else second
+        return _without_branches(first if (found[1] == "ifdef") == (found[2] in given) else second, defines)
 
     return re.sub(r"^#(ifdef|ifndef) (\w+)$(.*?)^#endif  // \2$", chosen, text, flags=re.MULTILINE | re.DOTALL)
 

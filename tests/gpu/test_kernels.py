@@ -227,6 +227,64 @@ def test_a_number_that_is_none_reaches_its_pairs_and_no_others(
     np.testing.assert_array_equal(np.isnan(decode(out[:, :479])), hit)
 
 
+@pytest.mark.parametrize(("num_rows", "dim"), [(1, 8), (7, 128), (3000, 40), (300, 128)])
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("out_dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_interaction_of_rows_here_and_from_elsewhere_equals_that_of_all_side_by_side(
+    machine: Any, num_rows: int, dim: int, dtype: str, out_dtype: str, first: int, rng: np.random.Generator
+) -> None:
+    """A third of the rows has come, a third is here and its gradients are sent, a third stays."""
+    from dlrm.interaction_cuda import (
+        interaction_backward_relu,
+        interaction_forward,
+        listed_interaction,
+        listed_interaction_backward,
+    )
+
+    weight = encode(rng.standard_normal((90, dim)), dtype)
+    kind = rng.integers(0, 3, (5, num_rows))
+    num_come, num_own = int((kind == 0).sum()), int((kind == 1).sum())
+    come = encode(rng.standard_normal((num_come, dim)), out_dtype)
+    slots, sources = np.full(kind.shape, -1), rng.integers(0, 90, kind.shape)
+    slots[kind == 0] = rng.permutation(num_come)
+    slots[kind == 1] = num_come + rng.permutation(num_own)
+    sources[kind == 0] = ~slots[kind == 0]
+    vectors = encode(rng.standard_normal((num_rows, first + 5, dim)), out_dtype)
+    for table in range(5):
+        here = sources[table] >= 0
+        vectors[here, first + table] = encode(decode(weight)[sources[table][here]], out_dtype)
+        vectors[~here, first + table] = come[~sources[table][~here]]
+    bottom, all_rows = machine.array(vectors[:, 0].copy()), machine.array(vectors)
+    lists = [machine.array(x.reshape(-1).astype(np.int32)) for x in (sources, slots)]
+    rows, sent = machine.array(weight), machine.array(come)
+    width = first * dim + (first + 5) * (first + 4) // 2
+    apart, fused = (poisoned(machine, (num_rows, -(-width // 8) * 8), out_dtype) for _ in range(2))
+    interaction_forward(all_rows, apart[:, :width], first)
+    listed_interaction(bottom, rows, sent, lists[0], num_rows, fused[:, :width], first)
+    np.testing.assert_array_equal(decode(fused), decode(apart))
+
+    grads = machine.array(encode(rng.standard_normal(apart.shape), out_dtype))[:, :width]
+    apart, fused, direct = (poisoned(machine, vectors.shape, out_dtype) for _ in range(3))
+    own = poisoned(machine, (num_own, dim), out_dtype)
+    interaction_backward_relu(all_rows, grads, apart, first)
+    rest = (rows, sent, lists[0], num_rows, grads)
+    listed_interaction_backward(bottom, *rest, fused, None, own, first)
+    np.testing.assert_array_equal(decode(fused), decode(apart))
+    np.testing.assert_array_equal(decode(sent), decode(come))
+    before = decode(direct)
+    listed_interaction_backward(bottom, *rest, direct, lists[1], own, first)
+    expected, found = decode(apart), decode(direct)
+    if first:
+        np.testing.assert_array_equal(found[:, 0], expected[:, 0])
+    everything = np.concatenate([decode(sent), decode(own)])
+    for table in range(5):
+        stays = slots[table] < 0
+        np.testing.assert_array_equal(found[stays, first + table], expected[stays, first + table])
+        np.testing.assert_array_equal(found[~stays, first + table], before[~stays, first + table])
+        np.testing.assert_array_equal(everything[slots[table][~stays]], expected[~stays, first + table])
+
+
 @pytest.mark.parametrize("num_rows", [1, 7, 3000])
 @pytest.mark.parametrize("dim", [8, 64, 128, 256])
 @pytest.mark.parametrize("dtype", EPS)

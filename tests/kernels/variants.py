@@ -55,6 +55,13 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
             ("DIM", 128), ("VECTORS", 27), ("FIRST", 1), ("NUMBER", "half_t"), ("ALIGNED", 1), ("RELU", 1),
             ("WEIGHT", "float"), ("KEY", "int"), *FUSED_BACKWARD.items(),
         ),
+        *(
+            (
+                ("DIM", dim), ("VECTORS", 27), ("FIRST", first), ("NUMBER", number), ("ALIGNED", 1), ("RELU", 1),
+                ("WEIGHT", weight), ("KEY", "int"), ("LISTED", 1), ("SENT", first), *FUSED_BACKWARD.items(),
+            )
+            for dim, first, number, weight in ((128, 1, "half_t", "float"), (40, 0, "half_t", "bfloat_t"))
+        ),
         (
             ("DIM", 256), ("VECTORS", 9), ("FIRST", 0), ("NUMBER", "bfloat_t"), ("ALIGNED", 0), ("RELU", 1),
             ("WEIGHT", "bfloat_t"), ("KEY", "int64"), *FUSED_FORWARD.items(),
