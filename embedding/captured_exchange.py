@@ -70,6 +70,8 @@ class ExchangedEmbedding:
         sigmas: float = SIGMAS,
         hierarchical: bool = False,
         distinct: Sequence[int] | None = None,
+        listed: bool = False,
+        sends: bool = False,
     ) -> None:
         """Allocate and initialise what this rank holds.
 
@@ -90,6 +92,10 @@ class ExchangedEmbedding:
             hierarchical: rows and gradients go by node (``node_route``); ``topology`` has groups of the device then.
             distinct: of each rank the most rows that a node asks for (``captured_placement.node_rows``); ``None``: as
                 many as lists have room for.
+            listed: in training rows are not put into the vectors: whoever reads them finds them by ``lists.sources`` in
+                ``weight`` and among what has come (``FlatRoute.come``); not with ``hierarchical``.
+            sends: with ``listed``: gradients of rows that travel, and without sums as they come those of this rank's
+                own rows, are written where ``lists.slots`` says, and not to ``grad_vectors``.
 
         Raises:
             ConfigError: the plan is for other ranks, or has placements that GPUs do not do.
@@ -102,6 +108,7 @@ class ExchangedEmbedding:
         self._precision, self._shares, self._sigmas = exchange_precision, shares, sigmas
         self._dim = plan.specs[0].dim
         self._distinct, self._room = distinct, 1.0
+        self._listed, self._sends = listed, sends
         self._nodes = Nodes.of(topology) if hierarchical and topology is not None else None
         others = [rank for rank in range(comm.size) if rank != comm.rank]
         order = (*others, comm.rank) if self._nodes is None else self._nodes.order
@@ -115,6 +122,15 @@ class ExchangedEmbedding:
         self._unit = UnitUpdate.create(device)
         self._touched: Array | None = None
         self._mirrors = StoreMirrors(device, self._placed.shards())
+
+    @property
+    def weight(self) -> Array:
+        """[R, D], the rows that lie here."""
+        return self._placed.store.weight
+
+    def slots(self, buffers: ExchangeBuffers) -> Array | None:
+        """``lists.slots`` of a batch, if gradients are to be written there."""
+        return buffers.lists.slots[: len(self.specs) * buffers.num_rows] if self._sends else None
 
     # --- what checkpoints ask for
 
@@ -203,7 +219,14 @@ class ExchangedEmbedding:
         trains = grad_vectors is not None
         relay, size = (None, 0) if self._nodes is None or not trains else self._nodes.relays(capacities)
         lists = PairLists.create(
-            device, placed.layout, capacity, capacities, own=trains and self._adds, relay_start=relay, relay_size=size
+            device,
+            placed.layout,
+            capacity,
+            capacities,
+            own=trains and self._adds,
+            listed=trains and self._listed,
+            relay_start=relay,
+            relay_size=size,
         )
         buffers = ExchangeBuffers(
             capacity=capacity, vectors=vectors, grad_vectors=grad_vectors, keys=keys, lists=lists,
@@ -259,7 +282,7 @@ class ExchangedEmbedding:
     def lookup(self, buffers: ExchangeBuffers, *, local: bool = True) -> None:
         """Put the rows that others ask for side by side, and with ``local`` those that lie here into the vectors."""
         buffers.route.pack(self._placed.store.weight)
-        if local:
+        if local and not len(buffers.lists.sources):
             self.lookup_local(buffers)
 
     def lookup_local(self, buffers: ExchangeBuffers) -> None:
@@ -270,7 +293,7 @@ class ExchangedEmbedding:
 
     def output_dist(self, buffers: ExchangeBuffers) -> None:
         """Bring the rows to the ranks that ask for them."""
-        buffers.route.outward(self._flat(buffers.vectors))
+        buffers.route.outward(None if len(buffers.lists.sources) else self._flat(buffers.vectors))
         if self._nodes is not None:
             # Distinct rows are counted by those whom they concern.
             self.comm.all_reduce(buffers.lists.flag, "max").wait()
@@ -282,7 +305,8 @@ class ExchangedEmbedding:
             ConfigError: the buffers are forward only.
         """
         check_trains(buffers.grad_vectors)
-        buffers.route.inward(self._flat(buffers.grad_vectors), buffers.scale(self.comm.size), own=not self._adds)
+        gradients = None if self._listed and self._sends else self._flat(buffers.grad_vectors)
+        buffers.route.inward(gradients, buffers.scale(self.comm.size), own=not self._adds)
         self._sums.reduce(buffers.lists, buffers.num_rows, buffers.order, buffers.grad_vectors)
 
     def sparse_update(self, buffers: ExchangeBuffers, scalars: Array, guard: Array) -> None:

@@ -50,15 +50,22 @@ class Route(Protocol):
     def pack(self, weight: Array) -> None:
         """Put the rows that others ask for side by side."""
 
-    def outward(self, vectors: Array) -> None:
-        """Bring them to ``vectors`` [B * F, D] of those who ask."""
+    def outward(self, vectors: Array | None) -> None:
+        """Bring them to ``vectors`` [B * F, D] of those who ask; ``None``: only as far as ``FlatRoute.come``."""
 
-    def inward(self, gradients: Array, scale: float, *, own: bool) -> None:
-        """Bring the gradients [B * F, D], times ``scale``, to the owners; ``own``: those of this rank's rows too."""
+    def inward(self, gradients: Array | None, scale: float, *, own: bool) -> None:
+        """Bring the gradients [B * F, D], times ``scale``, to the owners; ``own``: those of this rank's rows too.
+
+        ``None``: they are in ``FlatRoute.come`` and ``FlatRoute.own_gradients``.
+        """
 
 
 class FlatRoute:
-    """Every pair of ranks has its own message."""
+    """Every pair of ranks has its own message.
+
+    Attributes:
+        come: [N, D], rows that have come from others in the order of ``asked``; later their gradients.
+    """
 
     def __init__(self, lists: PairLists, comm: Comm, device: Device, dim: int, wire: Any) -> None:
         """Allocate.
@@ -73,10 +80,10 @@ class FlatRoute:
         self._lists, self._comm, self._device = lists, comm, device
         self._own = lists.capacities[comm.rank]
         self._others = (comm.size - 1) * self._own
-        self._fetched = device.zeros((sum(lists.capacities) - self._own, dim), wire)
+        self.come = device.zeros((sum(lists.capacities) - self._own, dim), wire)
         self.keys, self.own = lists.given, self._own
         self.gradients = device.zeros((len(lists.given), dim), wire)  # and rows on their way out
-        self.sent_rows = self._others, len(self._fetched)
+        self.sent_rows = self._others, len(self.come)
 
     def prepare(self) -> None:
         """Nothing: the lists are all that it needs."""
@@ -86,20 +93,25 @@ class FlatRoute:
         given = self._lists.given[: self._others]
         call(self._device, move_rows, weight, given, self.gradients[: self._others], None)
 
-    def outward(self, vectors: Array) -> None:
+    def outward(self, vectors: Array | None) -> None:
         """See ``Route``."""
-        self._exchange(self.gradients, self._fetched, outward=True)
-        asked = self._lists.asked[: len(self._fetched)]
-        call(self._device, move_rows, self._fetched, None, vectors, asked)
+        self._exchange(self.gradients, self.come, outward=True)
+        if vectors is not None:
+            call(self._device, move_rows, self.come, None, vectors, self._lists.asked[: len(self.come)])
 
-    def inward(self, gradients: Array, scale: float, *, own: bool) -> None:
+    def inward(self, gradients: Array | None, scale: float, *, own: bool) -> None:
         """See ``Route``."""
-        asked, others = self._lists.asked, len(self._fetched)
-        call(self._device, move_rows, gradients, asked[:others], self._fetched, None, scale)
-        if own:
-            mine = self.gradients[self._others :]
-            call(self._device, move_rows, gradients, asked[others:], mine, None, scale)
-        self._exchange(self._fetched, self.gradients, outward=False)
+        asked, others = self._lists.asked, len(self.come)
+        if gradients is not None:
+            call(self._device, move_rows, gradients, asked[:others], self.come, None, scale)
+        if gradients is not None and own:
+            call(self._device, move_rows, gradients, asked[others:], self.own_gradients, None, scale)
+        self._exchange(self.come, self.gradients, outward=False)
+
+    @property
+    def own_gradients(self) -> Array:
+        """The last ``own`` of ``gradients``."""
+        return self.gradients[self._others :]
 
     def _exchange(self, send: Array, recv: Array, *, outward: bool) -> None:
         rank, size = self._comm.rank, self._comm.size

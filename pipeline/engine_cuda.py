@@ -107,6 +107,7 @@ def build_captured(
     device: Device,
     first: int,
     room: Callable[[], ListRoom],
+    fused: bool = False,
 ) -> CapturedEmbedding | ExchangedEmbedding:
     """The tables of this rank.
 
@@ -118,13 +119,14 @@ def build_captured(
         device: this rank's GPU.
         first: place of table 0 in the vectors.
         room: finds out what lists have to hold, where there are several ranks.
+        fused: training runs look-up and interaction as one kernel.
 
     Raises:
         ConfigError: several GPUs do not do what the plan says.
         DeviceError: they do not fit.
     """
     if carrier.comm is not None:
-        return _exchanged(config, plan, carrier.comm, topology, device, first, room())
+        return _exchanged(config, plan, carrier.comm, topology, device, first, room(), fused)
     return CapturedEmbedding(
         specs=plan.specs,
         device=device,
@@ -146,7 +148,14 @@ def sorts_first(config: RunConfig) -> bool:
 
 
 def _exchanged(
-    config: RunConfig, plan: Plan, comm: Comm, topology: Topology, device: Device, first: int, room: ListRoom
+    config: RunConfig,
+    plan: Plan,
+    comm: Comm,
+    topology: Topology,
+    device: Device,
+    first: int,
+    room: ListRoom,
+    fused: bool,
 ) -> ExchangedEmbedding:
     hierarchical = plan.all_to_all == "hierarchical"
     if hierarchical:  # groups that carry arrays of the device
@@ -167,6 +176,8 @@ def _exchanged(
         sigmas=room.sigmas,
         hierarchical=hierarchical,
         distinct=room.distinct,
+        listed=fused,
+        sends=fused and not scales_dynamically(config),  # which looks at all gradients before they travel
     )
 
 
@@ -179,9 +190,10 @@ def build_stages(
     device: Device,
     layout: Any,
     optimizer: DenseOptimizer,
+    fused_train: bool,
 ) -> CudaStages:
     """The stages over them."""
-    dynamic = config.precision == "fp16" and config.loss_scale == "dynamic"
+    dynamic = scales_dynamically(config)
     scale = 1.0
     if config.precision == "fp16":
         scale = 65536.0 if config.loss_scale == "dynamic" else float(config.loss_scale)
@@ -200,25 +212,38 @@ def build_stages(
         loss_scale=scale,
         dynamic=dynamic,
         growth_interval=config.loss_scale_growth,
-        fused_eval=layout is not None and fuses("fused_eval", config.cuda.fused_eval, config, model, comm),
-        fused_train=layout is not None and fuses("fused_train", config.cuda.fused_train, config, model, comm),
+        fused_eval=layout is not None
+        and fuses("fused_eval", config.cuda.fused_eval, config, model, several=comm.size > 1),
+        fused_train=fused_train,
         captures=carrier.captures,
     )
 
 
-def fuses(field: str, wish: bool | str, config: RunConfig, model: DenseModel, comm: Comm) -> bool:
+def scales_dynamically(config: RunConfig) -> bool:
+    """Whether the loss scale follows the gradients."""
+    return config.precision == "fp16" and config.loss_scale == "dynamic"
+
+
+def fuses(field: str, wish: bool | str, config: RunConfig, model: DenseModel, *, several: bool) -> bool:
     """Whether look-up and interaction run as one kernel, as ``field`` of the config's section ``cuda`` wishes.
+
+    Args:
+        field: for the error message.
+        wish: its value.
+        config: of the run.
+        model: dense part.
+        several: rows are exchanged in a way that leaves no room for it.
 
     Raises:
         DeviceError: the config insists, and the shapes do not allow it.
     """
-    fits = comm.size == 1 and model.dtype.itemsize == 2 and model.num_vectors <= MOST_VECTORS
+    fits = not several and model.dtype.itemsize == 2 and model.num_vectors <= MOST_VECTORS
     fits = fits and config.model.embedding_dim % 8 == 0
     if wish is True and not fits:
         raise DeviceError(
-            f"cuda.{field}: {comm.size} ranks, {config.precision}, {model.num_vectors} vectors of "
-            f"{config.model.embedding_dim} columns, but it takes one rank, fp16 or bf16, at most {MOST_VECTORS} "
-            "vectors and a multiple of 8 columns; set it to auto"
+            f"cuda.{field}: {'several' if several else 'one or more'} ranks, {config.precision}, {model.num_vectors} "
+            f"vectors of {config.model.embedding_dim} columns, but it takes one rank (in training several, not "
+            f"by node), fp16 or bf16, at most {MOST_VECTORS} vectors and a multiple of 8 columns; set it to auto"
         )
     return bool(wish) and fits
 
@@ -283,12 +308,17 @@ def join_captured(
         config, dataset, comm=comm, topology=nodes, device=device, carrier=carrier.comm, carrier_name=carrier.name,
         sharing=carrier.sharing, local_ranks=topology.local_size, saved=saved,
     )  # fmt: skip
-    embedding = build_captured(
-        config, plan, carrier, nodes, device, model.first, lambda: measure_lists(config, dataset, plan, nodes)
+    by_node = carrier.comm is not None and plan.all_to_all == "hierarchical"
+    fused_train = dataset.layout is not None and fuses(
+        "fused_train", config.cuda.fused_train, config, model, several=by_node
     )
+    embedding = build_captured(
+        config, plan, carrier, nodes, device, model.first, lambda: measure_lists(config, dataset, plan, nodes),
+        fused_train,
+    )  # fmt: skip
     stages = build_stages(
         config, model=model, embedding=embedding, carrier=carrier, device=device, layout=dataset.layout,
-        optimizer=optimizer,
+        optimizer=optimizer, fused_train=fused_train,
     )  # fmt: skip
     train = choose(config.overlap, "train", None, exchanged=carrier.comm is not None)
     evaluation = choose(config.overlap, "eval", None)

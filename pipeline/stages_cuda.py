@@ -13,7 +13,12 @@ import numpy as np
 
 from dlrm.config import LearningRateConfig, OptimizerConfig
 from dlrm.device import Array, Device, Reading
-from dlrm.interaction import gather_interaction, gather_interaction_backward
+from dlrm.interaction import (
+    gather_interaction,
+    gather_interaction_backward,
+    listed_interaction,
+    listed_interaction_backward,
+)
 from dlrm.loss_cuda import partials_of
 from dlrm.model import DenseModel
 from dlrm.optim import DenseOptimizer
@@ -146,7 +151,7 @@ class CudaStages(Stages):
             outcome=device.zeros(2, np.float64),
             partials=device.empty(partials_of(capacity), np.float64),
             fused=self._fused_train if training else self.fused,
-            beside=training and self._exchanged is not None,
+            beside=training and self._exchanged is not None and not self._fused_train,
         )
         if self._layout is not None:
             staging.records = device.empty((batch_rows, self._layout.words), np.uint32)
@@ -257,13 +262,13 @@ class CudaStages(Stages):
 
     def lookup(self, flight: Flight) -> None:
         """Gather and pool; nothing where the interaction does it. In training on several GPUs what travels alone."""
-        if flight.staging.beside and self._exchanged is not None:
-            self._exchanged.lookup(flight.embedding, local=False)
+        if self._exchanged is not None:
+            self._exchanged.lookup(flight.embedding, local=not flight.staging.beside)
         elif not flight.staging.fused:
             self.embedding.lookup(flight.embedding)
 
     def bottom_forward(self, flight: Flight) -> None:
-        """Bottom MLP; in training on several GPUs also the rows that lie here, while others travel."""
+        """Bottom MLP; on several GPUs also the rows that lie here, where nobody else looks them up in training."""
         super().bottom_forward(flight)
         if flight.staging.beside and self._exchanged is not None:
             self._exchanged.lookup_local(flight.embedding)
@@ -274,8 +279,11 @@ class CudaStages(Stages):
             self.model.top_forward(flight.workspace, flight.rows)
             return
         work, rows = flight.workspace, flight.rows
-        crossed = work.interaction[:rows]
-        gather_interaction(*self._rows_of(flight), crossed, first=self.model.first, device=self.device)
+        crossed, first, device = work.interaction[:rows], self.model.first, self.device
+        if self._exchanged is None:
+            gather_interaction(*self._rows_of(flight), crossed, first=first, device=device)
+        else:
+            listed_interaction(*self._listed_rows_of(flight), crossed, first=first, device=device)
         self.model.top_mlp_forward(work, rows)
 
     def top_backward(self, flight: Flight) -> None:
@@ -286,9 +294,22 @@ class CudaStages(Stages):
         work, rows = flight.workspace, flight.rows
         grad_crossed = self.model.top_mlp_data_backward(work, rows)
         assert work.grad_vectors is not None
-        gather_interaction_backward(
-            *self._rows_of(flight), grad_crossed, work.grad_vectors[:rows], first=self.model.first, device=self.device
-        )
+        gradients, first, device = (grad_crossed, work.grad_vectors[:rows]), self.model.first, self.device
+        if self._exchanged is None:
+            gather_interaction_backward(*self._rows_of(flight), *gradients, first=first, device=device)
+        else:
+            own = flight.embedding.route.own_gradients
+            slots = self._exchanged.slots(flight.embedding)
+            listed_interaction_backward(
+                *self._listed_rows_of(flight), *gradients, slots, own, first=first, device=device
+            )
+
+    def _listed_rows_of(self, flight: Flight) -> tuple[Array, Array, Array, Array, int]:
+        """Bottom output, rows here, rows that have come, and where each is, as the kernels take them."""
+        exchanged = self._exchanged
+        assert exchanged is not None
+        sources = flight.embedding.lists.sources[: len(exchanged.specs) * flight.rows]
+        return flight.workspace.vectors[:, 0], exchanged.weight, flight.embedding.route.come, sources, flight.rows
 
     def _rows_of(self, flight: Flight) -> tuple[Array, Array, Array, Array, int]:
         """Bottom output, tables and keys, as the kernels take them that look rows up themselves."""

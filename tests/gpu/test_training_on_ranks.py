@@ -13,6 +13,7 @@ import rank_threads
 from run_cases import emulate, losses, records, run, values
 
 from dlrm.errors import ConfigError
+from dlrm.interaction import listed_interaction_backward
 from dlrm.scalars import SKIPPED_STEPS
 from embedding.captured_exchange import ExchangedEmbedding
 from pipeline import engine_cuda
@@ -165,6 +166,51 @@ def test_a_gradient_of_one_rank_that_is_not_finite_skips_all_ranks_steps(
     two = run_on(2, tmp_path / "two", emulated)
     check(tmp_path / "two", two, tmp_path / "one", one)
     assert seen == [1, 1, 1]
+
+
+FUSED: dict[str, tuple[int, dict[str, Any]]] = {
+    "uneven": (3, {"data": {"batch_size": 67}}),
+    "dynamic": (2, {"loss_scale": "dynamic"}),
+    "as they come": (2, {"overlap": {"train": False}, "deterministic": False}),
+    "run over": (2, {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # what was not fetched is any number
+@pytest.mark.parametrize("name", FUSED)
+def test_rows_that_the_interaction_finds_train_like_rows_side_by_side(
+    emulated: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows in the tables and rows that have come, gradients that are sent from where they are written."""
+    (ranks, changes), calls = FUSED[name], []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(name)
+        return listed_interaction_backward(*arguments, **named)
+
+    monkeypatch.setattr("pipeline.stages_cuda.listed_interaction_backward", counted)
+    if name == "run over":
+        measure = engine_cuda.measure_lists
+        monkeypatch.setattr(engine_cuda, "measure_lists", lambda *rest: replace(measure(*rest), sigmas=-10.0))
+    for fused in (False, True):
+        assert not calls
+        options = {
+            "train": {"max_steps": 4},
+            "precision": "fp16",
+            "deterministic": True,
+            "cuda": {"fused_train": fused},
+            **changes,
+        }
+        run_on(ranks, tmp_path / str(fused), emulated, **options)
+    found, kept = losses(tmp_path / "True"), losses(tmp_path / "False")
+    assert np.isfinite(found).all()
+    assert len(found) == 4
+    assert len(calls) >= 4 * ranks
+    if name == "as they come":
+        np.testing.assert_allclose(found, kept, rtol=1e-3)
+    else:
+        assert found.tolist() == kept.tolist()
+    assert (records(tmp_path / "True", "step")[-1]["overflows"] > 0) == (name == "run over")
 
 
 @pytest.mark.parametrize(
