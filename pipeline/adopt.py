@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 
 from dlrm.errors import DataError
-from pipeline.dataset import Dataset, file_sha256
+from pipeline.checksums import file_checksum
+from pipeline.dataset import Dataset
 from pipeline.etl.text_blocks import check_distinct, check_files
 from pipeline.formats.raw import LABEL_ONE, label_fault
 from pipeline.manifest import (
@@ -76,7 +77,7 @@ def adopt(
         key_dtype: type of the keys.
         missing_keys: whether -1 (no key) may stand in a table of hotness 1.
         name: of the set; ``None``: the folder's name.
-        checksums: read the files whole and note their SHA-256.
+        checksums: read the files whole and note their sums.
         relative: write paths relative to ``out`` (files and manifest move together), not absolute.
         overwrite: replace a manifest that is there.
 
@@ -182,7 +183,7 @@ def _file_info(path: Path, row_bytes: int, checksums: bool) -> FileInfo:
         path=str(path.resolve()),
         rows=size // row_bytes,
         bytes=size,
-        sha256=file_sha256(path) if checksums else None,
+        checksum=file_checksum(path) if checksums else None,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dlrm.errors import DataError
 from pipeline.adopt import publish
-from pipeline.dataset import file_sha256
+from pipeline.checksums import file_checksum
 from pipeline.etl.text_blocks import check_distinct
 from pipeline.formats.interchange import ReadOptions
 from pipeline.formats.parquet import ParquetSource, files_of
@@ -33,7 +33,7 @@ def adopt_parquet(
         out: folder that gets the manifest; made where missing.
         table_rows: rows of each table; ``None``: as a file beside the data says, else the largest key + 1.
         name: of the set; ``None``: the folder's name.
-        checksums: read the files whole and note their SHA-256.
+        checksums: read the files whole and note their sums.
         relative: write paths relative to ``out``.
         overwrite: replace a manifest that is there.
 
@@ -98,5 +98,5 @@ def _file_info(path: Path, rows: int, checksums: bool) -> FileInfo:
         path=str(path.resolve()),
         rows=rows,
         bytes=path.stat().st_size,
-        sha256=file_sha256(path) if checksums else None,
+        checksum=file_checksum(path) if checksums else None,
     )

@@ -19,7 +19,7 @@ def data_check(
         Path | None, typer.Option(metavar="OUT", help="Folder that gets data_check.html and .json; default: DIR.")
     ] = None,
     no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
-    checksums: Annotated[bool, typer.Option("--checksums/--no-checksums", help="Compare SHA-256 sums.")] = True,
+    checksums: Annotated[bool, typer.Option("--checksums/--no-checksums", help="Compare the files' sums.")] = True,
     drift_limit: Annotated[float, typer.Option(min=0.0, help="Stability index that is warned of.")] = 0.25,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings count as faults.")] = False,
     memory_limit: Annotated[

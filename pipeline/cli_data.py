@@ -174,9 +174,7 @@ def data_adopt(
     ] = None,
     key_dtype: Annotated[Literal["int32", "int64"], typer.Option(help="Type of the keys.")] = "int32",
     missing_keys: Annotated[bool, typer.Option("--missing-keys", help="-1 (no key) may stand in the rows.")] = False,
-    checksums: Annotated[
-        bool, typer.Option("--checksums", help="Read the files whole and note their SHA-256.")
-    ] = False,
+    checksums: Annotated[bool, typer.Option("--checksums", help="Read the files whole and note their sums.")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the data set; default: the folder's.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

@@ -5,7 +5,6 @@ Shapes: B rows, N dense columns, T tables, H key columns of all tables, K keys.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from dlrm.config import DataConfig
 from dlrm.device import Device
 from dlrm.errors import ConfigError, DataError
 from embedding.jagged import Jagged
+from pipeline.checksums import algorithm_of, checksum_fault, file_checksum
 from pipeline.formats.batch import HostBatch, size_fault
 from pipeline.formats.jagged import JaggedReader
 from pipeline.formats.raw import RawReader, RowFiles, Rows
@@ -301,7 +301,7 @@ class Dataset:
         return self._splits[name]
 
     def verify(self) -> tuple[str, ...]:
-        """Check sizes and SHA-256 sums of all files.
+        """Check sizes and sums of all files.
 
         Returns:
             Paths of the files that the manifest has no sum for (adopted ones).
@@ -314,13 +314,10 @@ class Dataset:
             for file in split.files:
                 path = self.path / file.path
                 _check_size(path, file, self.manifest)
-                if file.sha256 is None:
+                if file.checksum is None:
                     unchecked.append(file.path)
-                elif (found := file_sha256(path)) != file.sha256:
-                    raise DataError(
-                        f"{path}: SHA-256 {found}, but the manifest says {file.sha256}; copy the file again or "
-                        "prepare the data set again"
-                    )
+                elif (found := file_checksum(path, algorithm_of(file.checksum))) != file.checksum:
+                    raise DataError(checksum_fault(path, found, file.checksum))
         return tuple(unchecked)
 
     def summary(self) -> dict[str, Any]:
@@ -367,19 +364,6 @@ def load_dataset(path: str | Path) -> Dataset:
         return Dataset(Path(str(path)), parse_synthetic(str(path)))
     directory = Path(path)
     return Dataset(directory, read_manifest(directory))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; restore the file") from None
 
 
 def _check_size(path: Path, file: FileInfo, manifest: Manifest) -> None:

@@ -17,9 +17,11 @@ from pydantic.dataclasses import dataclass
 
 from dlrm.config import CountInt, describe_validation
 from dlrm.errors import DataError
+from pipeline.checksums import PATTERN
 
 MANIFEST_NAME = "dataset.json"
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
+"""Version 1, which is read, has ``sha256`` in place of a file's ``checksum``."""
 
 Layout = Literal["raw", "jagged", "parquet", "synthetic"]
 DenseDtype = Literal["float32", "int32"]
@@ -77,8 +79,8 @@ class FileInfo:
     rows: CountInt
     """Samples in it."""
     bytes: CountInt
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    """``None``: adopted without a checksum."""
+    checksum: Annotated[str, Field(pattern=PATTERN)] | None = None
+    """``<algorithm>:<digits>`` (``pipeline.checksums``); ``None``: adopted without."""
     part: Part = "rows"
     """What it holds; everything but ``rows`` only in the jagged layout."""
     table: str | None = None
@@ -119,7 +121,7 @@ class Manifest:
     """``dataset.json``."""
 
     format: Literal["crosslane-dataset"] = "crosslane-dataset"
-    version: Literal[1] = FORMAT_VERSION
+    version: Literal[2] = FORMAT_VERSION
     name: Annotated[str, Field(min_length=1)]
     layout: Layout
     label_dtype: LabelDtype = "int32"
@@ -229,10 +231,11 @@ def read_manifest(directory: Path) -> Manifest:
         raise DataError(f"{path}: not JSON ({error}); prepare the data set again") from None
     if not isinstance(values, dict):
         raise DataError(f"{path}: holds {type(values).__name__}, but must hold an object; prepare the data set again")
-    if values.get("version", FORMAT_VERSION) != FORMAT_VERSION:
-        raise DataError(f"{path}: version {values['version']!r}, but this release reads version {FORMAT_VERSION}")
+    version = values.get("version", 1)
+    if isinstance(version, bool) or version not in (1, FORMAT_VERSION):
+        raise DataError(f"{path}: version {version!r}, but this release reads versions 1 and {FORMAT_VERSION}")
     try:
-        return _ADAPTER.validate_python(values)
+        return _ADAPTER.validate_python(_upgraded(values) if version == 1 else values)
     except ValidationError as error:
         raise DataError(f"{path}: " + "; ".join(describe_validation(error))) from None
     except DataError as error:
@@ -250,6 +253,26 @@ def write_manifest(directory: Path, manifest: Manifest) -> Path:
         os.fsync(file.fileno())
     temporary.replace(path)
     return path
+
+
+def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of version 1 as one of today; what has a wrong type is left for the check of types."""
+
+    def file_of(file: Any) -> Any:
+        if not isinstance(file, dict) or "checksum" in file:
+            return file
+        kept = {key: value for key, value in file.items() if key != "sha256"}
+        digest = file.get("sha256")
+        return kept if digest is None else {**kept, "checksum": f"sha256:{digest}"}
+
+    def split_of(split: Any) -> Any:
+        files = split.get("files") if isinstance(split, dict) else None
+        return {**split, "files": [file_of(file) for file in files]} if isinstance(files, list) else split
+
+    splits = values.get("splits")
+    if isinstance(splits, dict):
+        values = {**values, "splits": {name: split_of(split) for name, split in splits.items()}}
+    return {**values, "version": FORMAT_VERSION}
 
 
 def _check_files(name: str, split: SplitInfo, manifest: Manifest) -> None:

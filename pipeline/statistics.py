@@ -19,7 +19,9 @@ STATISTICS = "encoding/statistics.json"
 
 def train_digest(manifest: Manifest) -> str:
     """Stands for the training rows of a set."""
-    digests = [file.sha256 or "" for file in manifest.splits["train"].files] if "train" in manifest.splits else []
+    # Without the name of SHA-256, which older sets do not give.
+    files = manifest.splits["train"].files if "train" in manifest.splits else ()
+    digests = [(file.checksum or "").removeprefix("sha256:") for file in files]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

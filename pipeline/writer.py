@@ -57,6 +57,7 @@ class DatasetWriter:
         dense_dtype: DenseDtype = "float32",
         label_dtype: LabelDtype = "int32",
         overwrite: bool = False,
+        direct: bool = False,
     ) -> None:
         """Make the folder.
 
@@ -72,6 +73,7 @@ class DatasetWriter:
             dense_dtype: ``float32``, transformed already, or ``int32``, read as log(1 + max(x, 0)).
             label_dtype: how labels are stored.
             overwrite: replace a data set that is there.
+            direct: pass the page cache by with rows that `write_rows` is handed (``output.OutputFile``).
 
         Raises:
             DataError: the folder holds a data set already, or cannot be made.
@@ -88,6 +90,7 @@ class DatasetWriter:
         self._key_dtype = key_dtype
         self._weighted = weighted
         self._label_dtype = label_dtype
+        self._direct = direct
         self._splits: dict[str, SplitFiles] = {}
         self._columns = np.cumsum([0, *(table.hotness for table in tables)])
         num_columns = int(self._columns[-1]) if layout == "raw" else 0
@@ -141,7 +144,8 @@ class DatasetWriter:
     def write_rows(self, split: str, words: NDArray[np.int32]) -> None:
         """Append whole Raw rows that a caller has put together.
 
-        The caller vouches for labels, dense values and weights; keys are checked.
+        The caller vouches for labels, dense values and weights; keys are checked. Of a writer that is ``direct`` the
+        words must stay as they are while ``output.WRITES_BEHIND`` more calls for the same split return, or ``finish``.
 
         Args:
             split: name; the first write makes it.
@@ -272,7 +276,9 @@ class DatasetWriter:
         if name not in self._splits:
             check_split_name(name)
             try:
-                self._splits[name] = SplitFiles(self.path, name, self._tables, self._layout, self._weighted)
+                self._splits[name] = SplitFiles(
+                    self.path, name, self._tables, self._layout, self._weighted, direct=self._direct
+                )
             except OSError as error:
                 raise DataError(
                     f"{error.filename or self.path}: {error.strerror or error}; choose a folder that can be written"

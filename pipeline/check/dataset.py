@@ -67,7 +67,7 @@ def check_dataset(
         memory_limit: bytes of this process; ``None``: what it holds already and half of what is
             free. Where that is too little, rows of large tables beyond the first 65,536 are counted every second,
             fourth, ...
-        checksums: compare SHA-256 sums.
+        checksums: compare sums.
         drift_limit: population stability index from which on a column is warned of.
         progress: called as files are read.
 
@@ -170,7 +170,7 @@ def _hard_findings(manifest: Manifest, scans: dict[str, SplitScan], checksums: b
         findings.append(_finding("offsets", [scan.offsets for scan in found], "all bags follow one another"))
     unsummed = sum(scan.unsummed for scan in found)
     read = files - sum(scan.unread for scan in found)
-    text = f"{read} files have the SHA-256 of the manifest" + ("" if read == files else "; the others were not read")
+    text = f"{read} files have the sums of the manifest" + ("" if read == files else "; the others were not read")
     sums = _finding("checksums", [scan.checksums for scan in found], text)
     if not checksums and sums.status == "ok":
         sums = Finding("checksums", "warning", "not compared, as was asked for")

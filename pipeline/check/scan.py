@@ -18,6 +18,7 @@ from pipeline.check.counters import Counters
 from pipeline.check.parquet import parquet_words
 from pipeline.check.stream import Stream, Work
 from pipeline.check.tally import GROUPS
+from pipeline.checksums import Checksum, algorithm_of, checksum_fault
 from pipeline.formats.batch import size_fault
 from pipeline.manifest import FileInfo, Manifest, SplitInfo, TableInfo, row_words, unit_of
 
@@ -36,8 +37,8 @@ class SplitScan:
         groups: [T, GROUPS] look-ups by the groups in which splits are compared (not of the split that counters learn).
         sizes: files that are missing or of another size, which are not read, or of another number of rows.
         unread: files that were not read.
-        checksums: files of another SHA-256.
-        unsummed: files that the manifest has no SHA-256 for.
+        checksums: files of another sum.
+        unsummed: files that the manifest has no sum for.
         keys: keys outside their table.
         weights: weights that are not finite.
         offsets: jagged offsets that are no bag's.
@@ -70,7 +71,7 @@ class Scanner:
             counters: of its tables.
             stream: with as many workers as ``threads``.
             threads: that count at once.
-            hashed: compare SHA-256 sums.
+            hashed: compare sums.
         """
         self._directory = directory
         self._manifest = manifest
@@ -188,16 +189,13 @@ class Scanner:
             found.weights.add(weights.faults.count, weights.faults.first)
 
     def _read(self, path: Path, file: FileInfo, unit: int, works: Sequence[Work], found: SplitScan) -> None:
-        wanted = file.sha256 if self._hashed else None
-        digest = self._stream.read(path, unit, works, hashed=wanted is not None)
-        if file.sha256 is None:
+        wanted = file.checksum if self._hashed else None
+        checksum = Checksum(algorithm_of(wanted)) if wanted else None
+        self._stream.read(path, unit, works, checksum)
+        if file.checksum is None:
             found.unsummed += 1
-        if digest != wanted:
-            found.checksums.add(
-                1,
-                f"{path}: SHA-256 {digest}, but the manifest says {wanted}; copy the file again or prepare the data "
-                "set again",
-            )
+        if checksum and wanted and (digest := checksum.text()) != wanted:
+            found.checksums.add(1, checksum_fault(path, digest, wanted))
 
     def _words(
         self, path: Path, take: Callable[[Any, Place], None], words: int | None = None, unit: str = "row"

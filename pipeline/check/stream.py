@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlrm.errors import DataError
+from pipeline.checksums import Checksum
 from pipeline.formats.record_files import PAGE, page_aligned
 
 Bytes = NDArray[np.uint8]
@@ -58,17 +58,14 @@ class Stream:
         for lane in self._lanes:
             lane.shutdown(cancel_futures=True)
 
-    def read(self, path: Path, unit_bytes: int, works: Sequence[Work], *, hashed: bool) -> str | None:
+    def read(self, path: Path, unit_bytes: int, works: Sequence[Work], checksum: Checksum | None) -> None:
         """Read a file.
 
         Args:
             path: the file.
             unit_bytes: of what must not be cut, such as a row.
             works: the workers' parts, no more than there are workers.
-            hashed: whether its SHA-256 is wanted.
-
-        Returns:
-            The SHA-256, hexadecimal.
+            checksum: gets all of its bytes.
 
         Raises:
             DataError: it cannot be read.
@@ -78,14 +75,13 @@ class Stream:
         if direct:
             step = math.lcm(unit_bytes, PAGE)
             chunk = step * max(1, _CHUNK_BYTES // step)
-        digest = hashlib.sha256() if hashed else None
         size, place = path.stat().st_size, 0
         try:
             descriptor = _open(path, direct=direct)
             try:
                 while place < size:
                     data = self._fill(descriptor, place, min(chunk, size - place))
-                    parts: list[Any] = [digest.update] if digest else []
+                    parts: list[Any] = [checksum.update] if checksum else []
                     futures = [self._lanes[-1].submit(part, data) for part in parts]
                     first = place // unit_bytes
                     for lane, work in zip(self._lanes, works, strict=False):
@@ -101,7 +97,6 @@ class Stream:
                 f"{path}: byte {place}: cannot be read ({error.strerror or error}); check the disk, or restore the file"
             ) from None
         self._wait()
-        return digest.hexdigest() if digest else None
 
     def _wait(self) -> None:
         for futures in self._busy:

@@ -7,7 +7,6 @@ names what is done.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from embedding.comm import Comm
+from pipeline.checksums import Checksum
 from pipeline.etl import criteo_text_numba as engine
 from pipeline.etl.chunks import Chunk, ChunkPiece, chunk_pieces, in_order, refuse, share_of_rank
 from pipeline.etl.criteo_text import NUM_COLUMNS, NUM_DENSE, Fault, ParsedRows, parse_rows
@@ -48,7 +48,7 @@ class Shard:
     split: str
     path: Path
     rows: int
-    sha256: str
+    checksum: str
 
 
 class RowEncoder:
@@ -240,7 +240,7 @@ class ShardFiles:
         self._cut = cut
         self.paths = paths
         self._files = [path.open("w+b" if fresh else "r+b", buffering=0) for path in paths]
-        self._digests = [hashlib.sha256() for _ in paths]
+        self._digests = [Checksum() for _ in paths]
         self._names = [cut.first, cut.second]
         self.rows = 0
 
@@ -261,13 +261,13 @@ class ShardFiles:
             self._write(file, words)
 
     def close(self, *, hashed: bool) -> list[tuple[str, int, str]]:
-        """Bring the files to the disk; returns split, rows and, where ``hashed``, SHA-256 of each."""
+        """Bring the files to the disk; returns split, rows and, where ``hashed``, the sum of each."""
         entries = []
         for number, (file, digest) in enumerate(zip(self._files, self._digests, strict=True)):
             rows = file.tell() // ROW_BYTES
             os.fsync(file.fileno())
             file.close()
-            entries.append((self._names[number], rows, digest.hexdigest() if hashed else ""))
+            entries.append((self._names[number], rows, digest.text() if hashed else ""))
         return entries
 
     def _parts(self, rows: int) -> list[tuple[int, int, slice]]:

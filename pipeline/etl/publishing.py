@@ -67,7 +67,7 @@ def criteo_manifest(name: str, encoding: Encoding, shards: Sequence[Shard], note
     """
     files: dict[str, list[FileInfo]] = {}
     for shard, path in zip(shards, shard_names(shards), strict=True):
-        info = FileInfo(path=path, rows=shard.rows, bytes=shard.rows * ROW_BYTES, sha256=shard.sha256)
+        info = FileInfo(path=path, rows=shard.rows, bytes=shard.rows * ROW_BYTES, checksum=shard.checksum)
         files.setdefault(shard.split, []).append(info)
     order = sorted(files, key=lambda split: ("train", "validation", "test").index(split) if split in _USUAL else 3)
     return Manifest(

@@ -5,30 +5,51 @@ Shapes: T tables.
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import os
 import threading
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.checksums import Checksum
+from pipeline.formats.record_files import PAGE
 from pipeline.manifest import FileInfo, Layout, Part, TableInfo
 
 _UNFINISHED = ".part"
 _HASHED_BESIDE = 1 << 20
 """Bytes from which on a block is hashed while it is written; less is not worth a thread."""
-_ADVISED_BYTES, _BEHIND = 32 << 20, 256 << 20
-"""How often the system is told, and how far back; so a file of up to ``_BEHIND`` stays in the page cache."""
+_ADVISED_BYTES, CACHED_BYTES = 32 << 20, 256 << 20
+"""How often the system is told, and how far back; so a file of up to ``CACHED_BYTES`` stays in the page cache."""
+WRITES_BEHIND = 2
+"""Direct writes that may still be under way when ``OutputFile.write`` returns."""
 
 
 class OutputFile:
-    """One file being written, hashed on the way."""
+    """One file being written, hashed on the way.
 
-    def __init__(self, directory: Path, relative: str, part: Part, table: str | None) -> None:
+    A direct one hands blocks to the disk from where they are, without the page cache's copy, which costs more than all
+    else that a block goes through here. A thread of its own waits for the disk. That takes blocks which start at a
+    multiple of ``PAGE`` and are whole pages; from the first one that is not on, or if the file system does not let the
+    page cache be passed by, the file is written as any other.
+    """
+
+    def __init__(self, directory: Path, relative: str, part: Part, table: str | None, *, direct: bool = False) -> None:
         """Open it for writing.
+
+        Args:
+            directory: of the set.
+            relative: path in it.
+            part: what it holds.
+            table: whose.
+            direct: pass the page cache by; an array must then stay as it is until ``WRITES_BEHIND`` more have been
+                written, or the file is closed.
 
         Raises:
             OSError: it cannot be made.
@@ -40,19 +61,37 @@ class OutputFile:
         self._table = table
         self._bytes = 0
         self._advised = 0
-        self._hash = hashlib.sha256()
+        self._checksum = Checksum()
         self._made = make_folders(self._path.parent)
         self._stream = self._unfinished.open("wb", buffering=0)
+        self._disk: ThreadPoolExecutor | None = None
+        self._under_way: deque[Future[None]] = deque()
+        if direct and _pass_cache_by(self._stream.fileno(), on=True):
+            self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
 
     def write(self, values: NDArray[Any]) -> None:
         """Append an array, little-endian."""
-        data = np.ascontiguousarray(values, values.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
+        data = np.ascontiguousarray(values, values.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+        if self._disk is None:
+            self._write_cached(data.data)
+            return
+        if data.ctypes.data % PAGE or data.size % PAGE:
+            self._end_direct()
+            self._write_cached(data.data)
+            return
+        self._under_way.append(self._disk.submit(self._write_direct, data.data, self._bytes))
+        self._bytes += data.size
+        self._checksum.update(data.data)
+        while len(self._under_way) > WRITES_BEHIND:
+            self._under_way.popleft().result()
+
+    def _write_cached(self, data: memoryview) -> None:
         hashing = None
         if len(data) >= _HASHED_BESIDE:
-            hashing = threading.Thread(target=self._hash.update, args=(data,))
+            hashing = threading.Thread(target=self._checksum.update, args=(data,))
             hashing.start()
         else:
-            self._hash.update(data)
+            self._checksum.update(data)
         try:
             while data:
                 written = self._stream.write(data) or 0
@@ -72,19 +111,55 @@ class OutputFile:
         if self._bytes - self._advised < _ADVISED_BYTES or not hasattr(os, "posix_fadvise"):
             return
         self._advised = self._bytes
-        start = max(0, self._bytes - _BEHIND)
+        start = max(0, self._bytes - CACHED_BYTES)
         if start:
             os.posix_fadvise(self._stream.fileno(), start, self._bytes - start, os.POSIX_FADV_DONTNEED)
 
+    def _write_direct(self, data: memoryview, place: int) -> None:
+        """Whole pages, to a multiple of ``PAGE``; in the disk's thread."""
+        descriptor = self._stream.fileno()
+        while data:
+            try:
+                written = os.pwrite(descriptor, data, place)
+            except OSError as error:
+                # Some file systems take the flag and refuse the write, or want other multiples.
+                if error.errno != errno.EINVAL or not _pass_cache_by(descriptor, on=False):
+                    raise
+                continue
+            if written % PAGE:
+                _pass_cache_by(descriptor, on=False)
+            place += written
+            data = data[written:]
+
+    def _end_direct(self) -> None:
+        """Wait for the disk, and go on through the page cache.
+
+        Raises:
+            OSError: an earlier block could not be written.
+        """
+        if self._disk is None:
+            return
+        try:
+            while self._under_way:
+                self._under_way.popleft().result()
+        finally:
+            self._disk.shutdown(cancel_futures=True)
+            self._disk = None
+            self._under_way.clear()
+        _pass_cache_by(self._stream.fileno(), on=False)
+        self._stream.seek(self._bytes)
+        self._advised = self._bytes
+
     def close(self, rows: int) -> FileInfo:
         """Bring the file to the disk; it keeps its unfinished name until ``publish``."""
+        self._end_direct()
         os.fsync(self._stream.fileno())
         self._stream.close()
         return FileInfo(
             path=self.relative,
             rows=rows,
             bytes=self._bytes,
-            sha256=self._hash.hexdigest(),
+            checksum=self._checksum.text(),
             part=self._part,
             table=self._table,
         )
@@ -95,6 +170,8 @@ class OutputFile:
 
     def discard(self) -> None:
         """Remove it, and the folders that were made for it and are empty."""
+        with suppress(OSError):  # what could not be written is removed
+            self._end_direct()
         self._stream.close()
         self._unfinished.unlink(missing_ok=True)
         remove_folders(self._made)
@@ -109,7 +186,16 @@ class SplitFiles:
         ends: [T] int64, jagged: keys of each table so far.
     """
 
-    def __init__(self, directory: Path, name: str, tables: Sequence[TableInfo], layout: Layout, weighted: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        tables: Sequence[TableInfo],
+        layout: Layout,
+        weighted: bool,
+        *,
+        direct: bool = False,
+    ) -> None:
         """Open the files of a layout.
 
         Raises:
@@ -126,7 +212,7 @@ class SplitFiles:
                 parts += [(f"{name}/{index:03d}.{kind}.bin", kind, table.name) for kind in kinds]
         try:
             for relative, part, owner in parts:
-                self.files.append(OutputFile(directory, relative, part, owner))
+                self.files.append(OutputFile(directory, relative, part, owner, direct=direct))
         except OSError:
             self.discard()
             raise
@@ -143,6 +229,20 @@ class SplitFiles:
         """Remove the files."""
         for file in reversed(self.files):  # the first one knows the folder that was made for all
             file.discard()
+
+
+def _pass_cache_by(descriptor: int, *, on: bool) -> bool:
+    """Have the page cache passed by, or not; returns whether that is another state than before."""
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    import fcntl  # systems that pass by have it
+
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+    except OSError:  # the file system does not let it be
+        return False
+    return bool(flags & os.O_DIRECT) != on
 
 
 def make_folders(directory: Path) -> list[Path]:

@@ -39,8 +39,9 @@ def config_digest(config: dict) -> str:
 
 
 def dataset_digest(dataset: Dataset) -> str:
-    """One sum over the sums of all files (as in ``dump_twin_data.py``)."""
-    sums = [file.sha256 or "" for split in dataset.manifest.splits.values() for file in split.files]
+    """One sum over the SHA-256 of all files (as in ``dump_twin_data.py``)."""
+    files = [dataset.path / file.path for split in dataset.manifest.splits.values() for file in split.files]
+    sums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return hashlib.sha256(" ".join(sums).encode()).hexdigest()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
 from dlrm.errors import DataError
 from embedding.jagged import Jagged
@@ -82,7 +82,7 @@ def test_manifest_carries_every_field(tmp_path: Path, rng: np.random.Generator) 
     assert summary["source"] == "S"
     assert json.loads(json.dumps(summary)) == summary
     file = dataset.manifest.splits["train"].files[0]
-    assert file.sha256 == hashlib.sha256((tmp_path / file.path).read_bytes()).hexdigest()
+    assert file.checksum == f"xxh128:{xxhash.xxh3_128_hexdigest((tmp_path / file.path).read_bytes())}"
     assert dataset.verify() == ()
 
 
@@ -124,7 +124,7 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, rng: np.random.Generator) ->
     content = bytearray(file.read_bytes())
     content[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
     file.write_bytes(content)
-    with pytest.raises(DataError, match=r"test\.bin: SHA-256 [0-9a-f]{64}, but the manifest says"):
+    with pytest.raises(DataError, match=r"test\.bin: XXH128 [0-9a-f]{32}, but the manifest says"):
         dataset.verify()
 
 
@@ -138,7 +138,7 @@ def test_missing_data_set_names_the_folder(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ("[]", "holds list"),
-        ('{"version": 2}', "version 2, but this release reads version 1"),
+        ('{"version": 3}', "version 3, but this release reads versions 1 and 2"),
         ('{"name": "x"}', "layout: missing"),
     ],
 )

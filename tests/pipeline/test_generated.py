@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from dlrm.config import DataConfig
 from dlrm.device import HostDevice
 from dlrm.errors import ConfigError, DataError
-from pipeline import generator_numba
+from pipeline import generated, generator_numba
 from pipeline.dataset import load_dataset
 from pipeline.generated import SHAPES, GeneratedRows, describe_synthetic, parse_synthetic, write_recipe, write_synthetic
 from pipeline.generator import BYTES_SCALE, Generator, exp2, generate_records, segments
@@ -183,3 +183,17 @@ def test_numbers_of_rows_for_a_device_that_makes_them(written: Any, rng: np.rand
     for refused in (lambda: disk.rows_on(device), lambda: disk.records(data, numbers=True, **options)):
         with pytest.raises(DataError, match="layout 'raw' has its rows in files"):
             refused()
+
+
+def test_large_sets_go_to_the_disk_from_where_they_are_made(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generated, "CACHED_BYTES", 1 << 20)
+    monkeypatch.setattr(generated, "CHUNK_ROWS", 1024)  # so that the ring goes round and round
+    rows = int(rng.integers(20_000, 60_000))
+    manifest = describe_synthetic("criteo-terabyte", rows=rows, seed=int(rng.integers(2**40)), scale=1000)
+    written = load_dataset(write_synthetic(tmp_path / "set", manifest))
+    written.verify()
+    for name, split in manifest.splits.items():
+        wanted = GeneratedRows(manifest, name, tmp_path).make(np.arange(split.rows))
+        np.testing.assert_array_equal(np.fromfile(tmp_path / "set" / f"{name}.bin", np.int32), wanted.ravel())

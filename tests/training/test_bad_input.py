@@ -76,7 +76,7 @@ def test_damaged_data_is_refused_with_its_place(tiny_dataset, run_values, config
     file.write_bytes(whole)
     rows_of(data)[11, 0] = 2
     refused(3, [file.name, "row 11", "label", "2"], "train", path)
-    refused(3, [file.name, "SHA-256"], "train", path, "--set", "data.verify=true")
+    refused(3, [file.name, "XXH128"], "train", path, "--set", "data.verify=true")
     file.unlink()
     refused(3, [file.name], "train", path)
     refused(3, ["nowhere"], "train", path, "--set", "data.path=nowhere")

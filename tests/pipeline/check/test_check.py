@@ -238,7 +238,7 @@ def test_files_of_another_size_are_named_and_the_others_are_still_read(written: 
         status, faults, detail = found(values)["sizes"]
         assert (status, faults) == ("failed", 1)
         assert f"test.bin: {kind}, {len(cut)} bytes where the manifest needs {len(content)}" in detail
-        assert found(values)["checksums"][2] == "2 files have the SHA-256 of the manifest; the others were not read"
+        assert found(values)["checksums"][2] == "2 files have the sums of the manifest; the others were not read"
         assert values["splits"]["train"]["rows"] == ROWS["train"]
         assert values["splits"]["test"]["rows"] == 0
     (folder / "test.bin").unlink()
@@ -277,7 +277,7 @@ def test_a_wrong_claim_of_order_is_warned_of(written: Any) -> None:
 def test_files_without_sums_are_warned_of(written: Any) -> None:
     folder = written()
     manifest = json.loads((folder / "dataset.json").read_text())
-    manifest["splits"]["test"]["files"][0]["sha256"] = None
+    manifest["splits"]["test"]["files"][0]["checksum"] = None
     (folder / "dataset.json").write_text(json.dumps(manifest))
     assert found(check_dataset(folder))["checksums"][:2] == ("warning", 1)
     assert "not compared" in found(check_dataset(folder, checksums=False))["checksums"][2]
