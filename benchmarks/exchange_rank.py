@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,78 +110,115 @@ def chosen_plan(setting: Setting, name: str, mode: str) -> Plan:
     return trial.fastest(plans_of(setting, name, mode))
 
 
-def run_plan(setting: Setting, plan: Plan) -> dict[str, Any]:
-    """Traffic of all ranks and seconds of the slowest, per step; the first steps are left out."""
-    options, comm, specs = setting.options, setting.comm, setting.specs
-    device = HostDevice(1)
-    counted = discover(comm)
-    staged = plan.all_to_all == "hierarchical"
-    embedding = HybridEmbedding(
-        specs=specs, plan=plan, comm=comm, device=device, optimizer=SGD, dtype=np.float32, seed=options.seed, first=1,
-        all_to_all=Hierarchical(comm, counted) if staged else Flat(comm), topology=counted,
-    )  # fmt: skip
-    layers = ModelConfig(embedding_dim=options.dim, bottom_mlp=(64, options.dim), top_mlp=(256, 64, 1))
-    model = DenseModel(
-        model=layers, num_dense=NUM_DENSE, num_tables=len(specs), dtype=np.float32, device=device, seed=1
-    )
-    rows = setting.keys[0].num_rows
-    space = model.workspace(rows)
-    space.vectors.fill(0)
-    space.grad_vectors.fill(1e-6)
-    buffers = embedding.buffers(rows, space.vectors, space.grad_vectors)
-    dense, labels = np.ones((rows, NUM_DENSE), np.float32), np.zeros(rows, np.float32)
+class Dense:
+    """What the lanes of all plans train on: arrays of one batch, and the dense lane where it is asked for."""
 
-    def train_dense() -> None:
-        model.bottom_forward(dense, space)
+    def __init__(self, setting: Setting) -> None:
+        options, rows = setting.options, setting.keys[0].num_rows
+        layers = ModelConfig(embedding_dim=options.dim, bottom_mlp=(64, options.dim), top_mlp=(256, 64, 1))
+        self.model = DenseModel(
+            model=layers, num_dense=NUM_DENSE, num_tables=len(setting.specs), dtype=np.float32, device=HostDevice(1),
+            seed=1,
+        )  # fmt: skip
+        self.setting, self.rows, self.space = setting, rows, self.model.workspace(rows)
+        self.space.vectors.fill(0)
+        self.space.grad_vectors.fill(1e-6)
+        self.dense, self.labels = np.ones((rows, NUM_DENSE), np.float32), np.zeros(rows, np.float32)
+
+    def train(self) -> None:
+        """One step of the dense lane."""
+        model, space, rows = self.model, self.space, self.rows
+        model.bottom_forward(self.dense, space)
         logits = model.top_forward(space, rows)
-        bce_with_logits(logits, labels, setting.batch, space.grad_logits[:rows], device)
+        bce_with_logits(logits, self.labels, self.setting.batch, space.grad_logits[:rows], HostDevice(1))
         model.top_data_backward(space, rows)
         model.top_weight_backward(space, rows)
-        model.bottom_backward(dense, space, rows)
-        setting.carrier.all_reduce(model.flat_gradients).wait()
+        model.bottom_backward(self.dense, space, rows)
+        self.setting.carrier.all_reduce(model.flat_gradients).wait()
 
-    lanes, steps, traffic = [], [], []
-    while len(lanes) < _BATCHES + 3 or (
-        len(lanes) < _BATCHES + options.steps and sum(steps[_BATCHES:]) < options.seconds
-    ):
+
+class Lane:
+    """The tables of one plan, and what its steps took: traffic of all ranks, seconds of the slowest."""
+
+    def __init__(self, setting: Setting, name: str, plan: Plan, dense: Dense) -> None:
+        comm, self.name, self.plan, self.setting, self.dense = setting.comm, name, plan, setting, dense
+        counted, staged = discover(comm), plan.all_to_all == "hierarchical"
+        self.embedding = HybridEmbedding(
+            specs=setting.specs, plan=plan, comm=comm, device=HostDevice(1), optimizer=SGD, dtype=np.float32,
+            seed=setting.options.seed, first=1, all_to_all=Hierarchical(comm, counted) if staged else Flat(comm),
+            topology=counted,
+        )  # fmt: skip
+        self.buffers = self.embedding.buffers(dense.rows, dense.space.vectors, dense.space.grad_vectors)
+        self.rounds: list[list[tuple[float, float]]] = []
+        self.traffic: list[Any] = []
+        self.steps = 0
+        for _ in range(_BATCHES):  # compiles, allocates, touches rows
+            self.step()
+        self.traffic.clear()
+
+    def measure(self) -> None:
+        """Time some steps."""
+        options, times = self.setting.options, [self.step() for _ in range(3)]
+        while len(times) < options.steps and sum(step for _, step in times) < options.seconds:
+            times.append(self.step())
+        self.rounds.append(times)
+
+    def step(self) -> tuple[float, float]:
+        """Seconds of the lane, and with the dense one."""
+        setting, comm, embedding = self.setting, self.setting.comm, self.embedding
         comm.comm.barrier()
         comm.traffic.clear()
         began = time.perf_counter()
-        embedding.input_dist(setting.keys[len(lanes) % _BATCHES], buffers, setting.batch)
-        embedding.lookup(buffers)
-        embedding.output_dist(buffers)
+        embedding.input_dist(setting.keys[self.steps % _BATCHES], self.buffers, setting.batch)
+        embedding.lookup(self.buffers)
+        embedding.output_dist(self.buffers)
         paused = time.perf_counter()
-        if options.dense:
-            train_dense()
+        if setting.options.dense:
+            self.dense.train()
         paused = time.perf_counter() - paused
-        embedding.grad_dist(buffers)
-        embedding.sparse_update(buffers, 0.01, len(lanes) + 1)
+        embedding.grad_dist(self.buffers)
+        self.steps += 1
+        embedding.sparse_update(self.buffers, 0.01, self.steps)
         ended = time.perf_counter()
         slowest = np.array([ended - began - paused, ended - began])
         comm.comm.all_reduce(slowest, "max").wait()
-        sent, own = comm.traffic, embedding.bytes_sent(buffers)
+        sent, own = comm.traffic, embedding.bytes_sent(self.buffers)
         numbers = np.array(
             [sent.messages_across, sent.bytes_across, sent.messages_inside, sent.bytes_inside, own["input_dist"],
              own["output_dist"] + own["grad_dist"] + own["all_reduce"]]
         )  # fmt: skip
         comm.comm.all_reduce(numbers).wait()
-        lanes.append(float(slowest[0]))
-        steps.append(float(slowest[1]))
-        traffic.append(numbers)
-    names = ("messages_across", "bytes_across", "messages_inside", "bytes_inside", "key_bytes", "vector_bytes")
-    return {
-        "exchange": plan.all_to_all,
-        **dict(zip(names, np.mean(traffic[_BATCHES:], axis=0).tolist(), strict=True)),
-        "lane_best": min(lanes[_BATCHES:]),
-        "lane_median": statistics.median(lanes[_BATCHES:]),
-        "step_best": min(steps[_BATCHES:]),
-        "step_median": statistics.median(steps[_BATCHES:]),
-        "predicted": plan.step_seconds,
-        "predicted_parts": dict(plan.seconds),
-        "frequent_rows": sum(placement.threshold for placement in plan.placements),
-        "label": plan.label,
-        "trials": plan.trials,
-    }
+        self.traffic.append(numbers)
+        return float(slowest[0]), float(slowest[1])
+
+    def figures(self) -> dict[str, Any]:
+        """Per step."""
+        names = ("messages_across", "bytes_across", "messages_inside", "bytes_inside", "key_bytes", "vector_bytes")
+        lanes, steps = zip(*(times for own in self.rounds for times in own), strict=True)
+        plan = self.plan
+        return {
+            "plan": self.name,
+            "exchange": plan.all_to_all,
+            **dict(zip(names, np.mean(self.traffic, axis=0).tolist(), strict=True)),
+            "lane_best": min(lanes),
+            "lane_median": statistics.median(lanes),
+            "lane_rounds": [statistics.median(lane for lane, _ in own) for own in self.rounds],
+            "step_best": min(steps),
+            "step_median": statistics.median(steps),
+            "predicted": plan.step_seconds,
+            "predicted_parts": dict(plan.seconds),
+            "frequent_rows": sum(placement.threshold for placement in plan.placements),
+            "label": plan.label,
+            "trials": plan.trials,
+        }
+
+
+def names_of(options: Any) -> Iterator[tuple[str, str]]:
+    """Every plan with every exchange."""
+    for name in options.plans:
+        pooled = name == "table-wise"  # pooled vectors travel flat
+        for mode in ("auto",) if name == "auto" else ("flat",) if pooled else options.exchanges:
+            yield name, mode
 
 
 def main() -> None:
@@ -208,11 +246,21 @@ def main() -> None:
                 setting.counts = RowCounts([spec.rows for spec in specs])
                 for _ in range(max(1, min(32, _COUNTED_ROWS // batch))):
                     setting.counts.add(draw(specs, sums, batch, rng))
-            for name in options.plans:
-                pooled = name == "table-wise"  # pooled vectors travel flat
-                for mode in ("auto",) if name == "auto" else ("flat",) if pooled else options.exchanges:
-                    found = run_plan(setting, chosen_plan(setting, name, mode))
-                    results.append({"exponent": exponent, "batch": batch, "plan": name, **found})
+            dense, names = Dense(setting), list(names_of(options))
+            # Rounds take all plans in turn, so that what else goes on meets them alike; a single one keeps no tables.
+            kept: list[Lane] = []
+            for name, mode in names:
+                lane = Lane(setting, name, chosen_plan(setting, name, mode), dense)
+                if options.rounds > 1:
+                    kept.append(lane)
+                    continue
+                lane.measure()
+                results.append({"exponent": exponent, "batch": batch, **lane.figures()})
+                del lane
+            for _ in range(options.rounds if kept else 0):
+                for lane in kept:
+                    lane.measure()
+            results += [{"exponent": exponent, "batch": batch, **lane.figures()} for lane in kept]
     if carrier.rank == 0:
         figures = {"links": links.to_values(), "probe_seconds": probe_s, "results": results}
         options.rank_output.write_text(json.dumps(figures))
