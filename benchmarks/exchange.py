@@ -131,7 +131,8 @@ def main() -> int:
                 print(f"exchange: rate {rate}: took longer than {options.timeout:.0f} s", file=sys.stderr)
                 return 1
             if done.returncode:
-                print(done.stderr[-4000:], file=sys.stderr)
+                said = (done.stderr or done.stdout)[-4000:]
+                print(f"{said}exchange: rate {rate}: the ranks ended with code {done.returncode}", file=sys.stderr)
                 return 1
             figures["rates"][rate] = json.loads(output.read_text())
             print_table(rate, figures["rates"][rate]["results"])

@@ -9,7 +9,7 @@ import typer
 
 from dlrm.errors import ConfigError
 from pipeline.cli_data import parse_counts
-from pipeline.console import AsJson, print_fields, print_json, print_rows, text_of
+from pipeline.console import AsJson, print_fields, print_json, text_of
 from pipeline.threads import settle_threads
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def plan(
             run, tables, num_dense=num_dense, calibration=calibration, links=rates, ranks_per_node=ranks_per_node,
             flops=flops, ranks=counts,
         )  # fmt: skip
-        print_rows(f"Predicted step, batch {run.data.batch_size:,}, links {rates.source}", result, as_json=as_json)
+        print_simulation(result, f"batch {run.data.batch_size:,}, links {rates.source}", as_json=as_json)
         return
     rates = read_links(links or ("h100" if run.device == "cuda" else None))
     made = plan_tables(
@@ -151,7 +151,8 @@ def print_plan(plan: Plan, links: LinkRates, *, as_json: bool) -> None:
         print_json({**summary, "tables": plan.describe(), "link_rates": links.to_values()})
         return
     _print_table("MiB a rank, MB a step inside nodes and between", [_shown(row) for row in plan.describe()])
-    print_fields("Predicted, without the dense part", summary, as_json=False)
+    named = {name.replace("mib", "MiB"): value for name, value in summary.items()}
+    print_fields("Predicted, without the dense part", named, as_json=False)
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
@@ -166,6 +167,38 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         "MiB": _short(row["mib_per_rank"]),
         "MB in": _short(row["inside_bytes"] / 1e6),
         "MB out": _short(row["across_bytes"] / 1e6),
+    }
+
+
+def print_simulation(rows: list[dict[str, Any]], what: str, *, as_json: bool) -> None:
+    """Print what ``planning.simulate`` found."""
+    if as_json:
+        print_json(rows)
+        return
+    title = f"Predicted milliseconds of a step, {what};\nMB between nodes and MiB of tables: a rank"
+    _print_table(title, [_step_shown(row) for row in rows])
+
+
+def _step_shown(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a simulated step that fit a terminal; ``--json`` has all.
+
+    Lanes: the longer of the two, as if they overlapped fully.
+    """
+    times = {
+        "send": sum(row[f"{part}_ms"] for part in ("keys", "vectors", "gradients", "all_reduce")),
+        "work": row["work_ms"],
+        "dense": row["dense_ms"] + row["dense_all_reduce_ms"],
+        "step": row["step_ms"],
+        "lanes": row["overlapped_ms"],
+    }
+    return {
+        "ranks": row["ranks"],
+        "nodes": row["nodes"],
+        "by": "pair" if row["all_to_all"] == "flat" else "node",
+        **{name: _short(value) if value >= 1 else round(value, 3) for name, value in times.items()},
+        "M/s": _short(row["samples_per_s"] / 1e6),
+        "MB out": _short(row["across_mb_per_rank"]),
+        "MiB": _short(row["memory_mib_per_rank"]),
     }
 
 

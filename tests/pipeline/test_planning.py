@@ -216,6 +216,11 @@ def test_the_simulation_goes_up_to_1024_ranks_without_data(dataset: Dataset, tmp
         assert row["samples_per_s"] == pytest.approx(65536e3 / row["step_ms"])
         assert row["nodes"] == row["ranks"] // 8
     assert rows[0]["across_mb_per_rank"] == 0
+    shown = run_plan(tmp_path, config, *words[:-1]).output.splitlines()
+    assert max(map(len, shown)) <= 80
+    assert [line.split()[0] for line in shown if line.split()[:1] and line.split()[0].replace(",", "").isdigit()] == [
+        f"{row['ranks']:,}" for row in rows
+    ]
     # 13 -> 8 and (8 + 6) -> 4 -> 1: forward and backward of 65,536 / 8 rows at 1e14 operations a second.
     weights = 14 * 8 + 15 * 4 + 5
     assert rows[0]["dense_ms"] == pytest.approx(1e3 * 6 * weights * 8192 / 1e14)
