@@ -239,11 +239,6 @@ class RunConfig:
         """
         if self.device == "cuda" and self.precision == "fp64":
             raise ConfigError("precision: fp64 runs on CPUs alone; set device: cpu, or precision: fp32")
-        if self.eval.ranks and self.device == "cuda":
-            raise ConfigError(
-                f"eval.ranks: {self.eval.ranks}, but evaluation on ranks of its own runs on CPUs so far; set device: "
-                "cpu, or leave it out"
-            )
         if self.device == "cpu" and (half := {self.precision, self.table_precision} & {"fp16", "bf16"}):
             raise ConfigError(
                 f"precision: {half.pop()} needs a GPU, but device is cpu; set precision and embedding.table_precision "

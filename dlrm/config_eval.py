@@ -21,4 +21,4 @@ class EvalConfig:
     """Keep the split in memory after its first pass, where it takes no more than a quarter of what is free."""
     ranks: CountInt = 0
     """Of the run's ranks the last so many evaluate and do not train: they hold the tables once more and get what
-    changed since the last evaluation, while the others go on. 0: all train, and all evaluate. CPUs only."""
+    changed since the last evaluation, while the others go on. 0: all train, and all evaluate."""

@@ -114,12 +114,11 @@ class CapturedEmbedding:
 
         Call ``settle`` before reading and ``spread`` after writing them; ``touched`` is that of the moment.
         """
-        held = self.store.shards
-        parts: list[Array | None] = [None] * len(held)
-        if self._touched is not None:
-            ends = np.cumsum([len(shard.rows) for shard in held])
-            parts = list(np.split(self._device.to_host(self._touched), ends[:-1]))
-        return self._mirrors.all(parts)
+        return self._mirrors.all(self._touched)
+
+    def resident(self) -> list[Shard]:
+        """As ``shards``, but where the rows lie, and up to date; call ``spread_resident`` after writing them."""
+        return self._mirrors.resident(self._touched)
 
     def settle(self) -> None:
         """Bring the arrays of ``shards`` up to date."""
@@ -128,6 +127,9 @@ class CapturedEmbedding:
     def spread(self) -> None:
         """Take over what was written into the arrays of ``shards``."""
         self._mirrors.spread()
+
+    def spread_resident(self) -> None:
+        """Nothing: the arrays of ``resident`` are the rows."""
 
     def track_touched(self) -> None:
         """Note from now on which rows are updated: ``touched`` of the shards says which."""

@@ -139,13 +139,15 @@ class ExchangedEmbedding:
 
         Call ``settle`` before reading and ``spread`` after writing them; ``touched`` is that of the moment.
         """
-        parts: list[Array | None] = [None] * len(self._mirrors.held)
-        if self._touched is not None:
-            rows = self._device.to_host(self._touched)
-            ends = np.cumsum([len(shard.rows) for shard in self._mirrors.held])
-            parts = list(np.split(rows[: ends[-1]], ends[:-1]))
+        return self._in_order(self._mirrors.all(self._touched))
+
+    def resident(self) -> list[Shard]:
+        """As ``shards``, but where the rows lie, and up to date; call ``spread_resident`` after writing them."""
+        return self._in_order(self._mirrors.resident(self._touched))
+
+    def _in_order(self, shards: list[Shard]) -> list[Shard]:
         order = {spec.name: place for place, spec in enumerate(self.specs)}
-        return sorted(self._mirrors.all(parts), key=lambda shard: order[shard.table])
+        return sorted(shards, key=lambda shard: order[shard.table])
 
     def settle(self) -> None:
         """Bring the arrays of ``shards`` up to date."""
@@ -154,6 +156,9 @@ class ExchangedEmbedding:
     def spread(self) -> None:
         """Take over what was written into the arrays of ``shards``."""
         self._mirrors.spread()
+
+    def spread_resident(self) -> None:
+        """Nothing: the arrays of ``resident`` are the rows."""
 
     def track_touched(self) -> None:
         """Note from now on which rows are updated; before anything is captured."""

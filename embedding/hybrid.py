@@ -194,6 +194,15 @@ class HybridEmbedding:
         for _, _, group in self._groups:
             group.spread()
 
+    def resident(self) -> list[Shard]:
+        """As ``shards``, and up to date; call ``spread_resident`` after writing them."""
+        self.settle()
+        return self.shards()
+
+    def spread_resident(self) -> None:
+        """Take over what was written into the arrays of ``resident``; collective."""
+        self.spread()
+
     def track_touched(self) -> None:
         """Note from now on which rows are updated: ``touched`` of the shards says which."""
         for _, _, group in self._groups:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dlrm.device import Array
+from dlrm.device import Array, Device
 from embedding.comm import Comm, all_gather_bytes
 from embedding.table import Shard
 
@@ -71,15 +71,16 @@ def pairs_of(giving: Sequence[Held], taking: Sequence[Held]) -> list[Pair]:
 class ShardCopy:
     """Copies rows from the first ranks of a group to the others (all methods are collective)."""
 
-    def __init__(self, comm: Comm, givers: int, shards: Sequence[Shard]) -> None:
+    def __init__(self, comm: Comm, givers: int, shards: Sequence[Shard], device: Device) -> None:
         """Tell each other what there is.
 
         Args:
             comm: givers first, then takers.
             givers: how many.
             shards: this rank's; later calls hand in the same, in the same order.
+            device: holds their arrays.
         """
-        self._comm, self._givers = comm, givers
+        self._comm, self._givers, self._device = comm, givers, device
         own = [[s.table, [s.rows.start, s.rows.stop, s.rows.step], [s.columns.start, s.columns.stop], s.replicated]
                for s in map(Held.of, shards)]  # fmt: skip
         self._held = [
@@ -127,23 +128,25 @@ class ShardCopy:
             assert shard.touched is not None
             columns = _within(pair.columns, shard.columns)
             for start in range(0, len(shard.rows), _PIECE_ROWS):
-                places = np.flatnonzero(shard.touched[start : start + _PIECE_ROWS]) + start
+                marks = self._device.to_host(shard.touched[start : start + _PIECE_ROWS])
+                places = np.flatnonzero(marks) + start
                 here, theirs = target.places_of(shard.rows.start + places * shard.rows.step)
                 if not len(theirs):
                     continue
-                values = np.ascontiguousarray(shard.weight[places[here], columns])
+                rows = shard.weight[self._device.xp.asarray(places[here]), columns]
+                values = np.ascontiguousarray(self._device.to_host(rows))
                 head = np.array([number, len(theirs)], np.int64)
                 yield np.concatenate([part.reshape(-1).view(np.uint8) for part in (head, theirs, values)])
 
-    @staticmethod
-    def _write(shards: Sequence[Shard], pairs: Sequence[Pair], piece: Array) -> None:
+    def _write(self, shards: Sequence[Shard], pairs: Sequence[Pair], piece: Array) -> None:
         number, count = piece[: 8 * _HEAD].view(np.int64).tolist()
         body = 8 * (_HEAD + count)
         places = piece[8 * _HEAD : body].view(np.int64)
         pair = pairs[number]
         shard = shards[pair.taker]
         values = piece[body:].view(shard.weight.dtype).reshape(count, len(pair.columns))
-        shard.weight[places, _within(pair.columns, shard.columns)] = values
+        xp = self._device.xp
+        shard.weight[xp.asarray(places), _within(pair.columns, shard.columns)] = xp.asarray(values)
 
 
 _NOTHING = np.empty(0, np.uint8)

@@ -1,4 +1,4 @@
-"""Shards of a device as arrays of the host, for checkpoints."""
+"""Shards of a device, as they are and as arrays of the host, for checkpoints."""
 
 from __future__ import annotations
 
@@ -25,18 +25,32 @@ class StoreMirrors:
     held: Sequence[Shard]
     shards: list[Shard] = field(default_factory=list)
 
-    def all(self, touched: Sequence[Array | None]) -> list[Shard]:
-        """The host's shards, with the rows that were touched of each."""
+    def all(self, touched: Array | None) -> list[Shard]:
+        """The host's shards, with their parts of ``touched``: see ``resident``."""
+        self._make()
+        marks = self._parts(None if touched is None else self.device.to_host(touched))
+        return [replace(shard, touched=part) for shard, part in zip(self.shards, marks, strict=True)]
+
+    def resident(self, touched: Array | None) -> list[Shard]:
+        """The device's shards, with their parts of ``touched``, [R] or longer, bool of the device, as views."""
+        return [replace(shard, touched=part) for shard, part in zip(self.held, self._parts(touched), strict=True)]
+
+    def _parts(self, touched: Array | None) -> list[Array | None]:
+        if touched is None:
+            return [None] * len(self.held)
+        sizes = [len(shard.rows) for shard in self.held]
+        return [touched[end - size : end] for end, size in zip(np.cumsum(sizes).tolist(), sizes, strict=True)]
+
+    def _make(self) -> None:
         if not self.shards:
             for shard in self.held:
                 dtype = np.float32 if shard.weight.dtype == np.uint16 else shard.weight.dtype
                 state = {name: np.empty(array.shape, array.dtype) for name, array in shard.state.items()}
                 self.shards.append(replace(shard, weight=np.empty(shard.weight.shape, dtype), state=state))
-        return [replace(shard, touched=rows) for shard, rows in zip(self.shards, touched, strict=True)]
 
     def settle(self) -> None:
         """Bring the host's arrays up to date."""
-        self.all([None] * len(self.held))
+        self._make()
         for source, target in self._pairs():
             if source.dtype == target.dtype:
                 self.device.download(source, target)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dlrm.config import OptimizerConfig, RunConfig
 from dlrm.errors import ConfigError, DeviceError
 from embedding.comm import Comm, broadcast_bytes
@@ -28,7 +30,6 @@ from pipeline.curves import Curves
 from pipeline.engine import Engine, build_engine
 from pipeline.evaluator import BackgroundEvaluations, Evaluation, Evaluator
 from pipeline.metrics import Metrics
-from pipeline.planning import memory_limit_bytes
 from pipeline.schedule import Clock
 
 _FOLDER = "evaluation"
@@ -86,15 +87,19 @@ def assign_roles(config: RunConfig, comm: Comm) -> Roles:
     )
 
 
-def refuse_gpu(engine: Engine) -> None:
-    """Rows travel between hosts' arrays so far.
+def check_devices(engine: Engine, everyone: Comm) -> None:
+    """See that all ranks hold the same kind of model (collective).
 
     Raises:
-        DeviceError: the engine's are on a GPU.
+        DeviceError: some compute on GPUs, some on CPUs, as where ``device: auto`` finds other things on other nodes.
     """
-    if engine.device.steps_behind:
+    size = np.array([engine.model.flat_parameters.size, engine.device.steps_behind], np.int64)
+    sizes = np.empty((everyone.size, 2), np.int64)
+    everyone.all_gather(size, sizes).wait()
+    if (sizes != sizes[0]).any():
         raise DeviceError(
-            "eval.ranks: evaluation on ranks of its own runs on CPUs so far; set device: cpu, or leave it out"
+            "eval.ranks: some ranks have a GPU, some have none; set device: cpu, or start as many ranks a node as it "
+            "has GPUs"
         )
 
 
@@ -108,17 +113,17 @@ class DedicatedEvaluations(BackgroundEvaluations):
     ) -> None:
         """Meet the ranks that evaluate."""
         super().__init__(engine, on_end)
-        refuse_gpu(engine)
+        check_devices(engine, roles.everyone)
         self._roles, self._changed = roles, changed
-        self._copy = ShardCopy(roles.exchange, roles.trainers, changed.shards("evaluation"))
+        self._copy = ShardCopy(roles.exchange, roles.trainers, changed.resident("evaluation"), engine.device)
 
     def _start(self, split: str, step: int, carrier: Comm | None, clock: Clock | None) -> None:  # noqa: ARG002
         self.end()
         start = time.perf_counter()
         self._order({"evaluate": split})
         if self._roles.everyone.rank == 0:
-            self._roles.desk.broadcast(self._engine.model.flat_parameters).wait()
-        self._copy.give(self._changed.shards("evaluation"))
+            self._roles.desk.broadcast(self._engine.device.to_host(self._engine.model.flat_parameters)).wait()
+        self._copy.give(self._changed.resident("evaluation"))
         self._changed.forget("evaluation")
         self._step = step
         self._stalled_seconds = time.perf_counter() - start
@@ -165,16 +170,16 @@ class EvaluationRank:
         checkpoint = None if latest is None else open_checkpoint(latest, comm=roles.own)
         try:
             self.engine = build_engine(
-                _scoring_config(config, roles), comm=roles.own, threads=threads, local_ranks=roles.topology.local_size
+                _scoring_config(config, roles), comm=roles.own, threads=threads, machines=roles.topology
             )
-        except ConfigError as error:
-            raise ConfigError(f"eval.ranks: {config.eval.ranks}; on these ranks {error}") from None
-        refuse_gpu(self.engine)
+        except (ConfigError, DeviceError) as error:
+            raise type(error)(f"eval.ranks: {config.eval.ranks}; on these ranks {error}") from None
+        check_devices(self.engine, roles.everyone)
         if checkpoint is not None:
             self.engine.load_checkpoint(checkpoint, states=False)
         elif config.run.init is not None:
             self.engine.load_weights(config.run.init)
-        self._copy = ShardCopy(roles.exchange, roles.trainers, self.engine.embedding.shards())
+        self._copy = ShardCopy(roles.exchange, roles.trainers, self.engine.embedding.resident(), self.engine.device)
         self._evaluators: dict[str, Evaluator] = {}
 
     def serve(self) -> TrainResult:
@@ -184,20 +189,28 @@ class EvaluationRank:
                 order = json.loads(broadcast_bytes(self._roles.desk, b""))
                 if "end" in order:
                     step, reason, checkpoint = order["end"]
+                    self._close()
                     return TrainResult(self.directory, step, reason, Path(checkpoint), {})
                 evaluation = self._evaluate(order["evaluate"])
                 broadcast_bytes(self._roles.exchange, _to_bytes(evaluation), self._roles.trainers)
 
     def _evaluate(self, split: str) -> Evaluation:
         engine = self.engine
-        self._roles.desk.broadcast(engine.model.flat_parameters).wait()
+        weights = engine.device.to_host(engine.model.flat_parameters)
+        self._roles.desk.broadcast(weights).wait()
+        engine.device.assign(weights, engine.model.flat_parameters)
         engine.model.refresh_weights()
-        engine.embedding.settle()
-        self._copy.take(engine.embedding.shards())
-        engine.embedding.spread()
+        self._copy.take(engine.embedding.resident())
+        engine.embedding.spread_resident()
         if split not in self._evaluators:
             self._evaluators[split] = Evaluator(engine, engine.dataset.split(split), split)
         return self._evaluators[split].run()
+
+    def _close(self) -> None:
+        for evaluator in self._evaluators.values():
+            for flight in evaluator.ring:
+                flight.recording.graph = None
+        self.engine.close()
 
 
 def _scoring_config(config: RunConfig, roles: Roles) -> RunConfig:
@@ -207,11 +220,10 @@ def _scoring_config(config: RunConfig, roles: Roles) -> RunConfig:
     """
     wanted = -(-config.eval.batch_size * config.eval.ranks // roles.trainers)
     plain = OptimizerConfig()
-    limit = memory_limit_bytes(config, roles.topology.local_size) >> 20
     return replace(
         config,
         optimizer=plain,
-        embedding=replace(config.embedding, optimizer=plain, memory_limit_mib=max(1, limit)),
+        embedding=replace(config.embedding, optimizer=plain),
         eval=replace(config.eval, batch_size=wanted),
         run=replace(config.run, directory=str(Path(config.run.directory) / _FOLDER)),
     )

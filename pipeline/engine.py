@@ -144,7 +144,7 @@ class Engine:
 
 
 def build_engine(
-    config: RunConfig, *, comm: Comm, threads: int, saved: Checkpoint | None = None, local_ranks: int | None = None
+    config: RunConfig, *, comm: Comm, threads: int, saved: Checkpoint | None = None, machines: Topology | None = None
 ) -> Engine:
     """Join the parts for one run.
 
@@ -153,7 +153,7 @@ def build_engine(
         comm: all ranks.
         threads: of each rank.
         saved: the checkpoint to go on from; its plan is kept where it fits, its weights are not read.
-        local_ranks: ranks that share this machine's memory; ``None``: those of ``comm``.
+        machines: this rank's place among all that share memory and GPUs with it; ``None``: that in ``comm``.
 
     Raises:
         ConfigError: the config does not fit the ranks or the data.
@@ -169,7 +169,7 @@ def build_engine(
         dataset.verify()
     topology = discover(comm)
     nodes = _supposed_nodes(config, comm, topology)
-    device = make_device(config, topology, threads)
+    device = make_device(config, machines or topology, threads)
     model = DenseModel(
         model=config.model,
         num_dense=dataset.num_dense,
@@ -183,12 +183,13 @@ def build_engine(
         "config": config, "dataset": dataset, "comm": comm, "device": device, "model": model, "topology": topology,
         "optimizer": optimizer,
     }  # fmt: skip
+    agreed: dict[str, Any] = {"nodes": nodes, "saved": saved, "local_ranks": machines and machines.local_size}
     if device.steps_behind:
         from pipeline.engine_cuda import join_captured
 
-        parts = join_captured(**common, nodes=nodes, saved=saved)
+        parts = join_captured(**common, **agreed)
     else:
-        parts = _join(**common, nodes=nodes, saved=saved, local_ranks=local_ranks or topology.local_size)
+        parts = _join(**common, **agreed)
     return Engine(threads=threads, **common, **parts)
 
 
@@ -203,7 +204,7 @@ def _join(
     nodes: Topology,
     optimizer: DenseOptimizer,
     saved: Checkpoint | None,
-    local_ranks: int,
+    local_ranks: int | None,
 ) -> dict[str, Any]:
     """What an engine has on CPUs."""
     plan, lists = agree_plan(

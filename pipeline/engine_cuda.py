@@ -294,6 +294,7 @@ def join_captured(
     nodes: Topology,
     optimizer: DenseOptimizer,
     saved: Checkpoint | None,
+    local_ranks: int | None,
 ) -> dict[str, Any]:
     """What an engine has on GPUs: its fields by name (collective).
 
@@ -306,7 +307,7 @@ def join_captured(
         check_records(dataset)
     plan = agree_captured_plan(
         config, dataset, comm=comm, topology=nodes, device=device, carrier=carrier.comm, carrier_name=carrier.name,
-        sharing=carrier.sharing, local_ranks=topology.local_size, saved=saved,
+        sharing=carrier.sharing, local_ranks=local_ranks or topology.local_size, saved=saved,
     )  # fmt: skip
     by_node = carrier.comm is not None and plan.all_to_all == "hierarchical"
     fused_train = dataset.layout is not None and fuses(

@@ -53,7 +53,8 @@ def agree_plan(
         topology: their nodes.
         device: that the look-ups run on.
         saved: the checkpoint to go on from.
-        local_ranks: ranks that share this machine's memory; ``None``: those of this rank's node.
+        local_ranks: ranks that share this machine's memory; ``None``: those of this rank's node, and for
+            one rank no limit but the config's.
 
     Raises:
         ConfigError: something forced cannot be, or no plan fits the memory.
@@ -65,7 +66,8 @@ def agree_plan(
         if (plan.ranks, plan.nodes, plan.specs) == (comm.size, topology.num_nodes, specs):
             return plan, saved_lists(saved, plan)
     if comm.size == 1:
-        return plan_tables(config, dataset.tables, ranks=1), {}
+        room = None if local_ranks is None else memory_limit_bytes(config, local_ranks)
+        return plan_tables(config, dataset.tables, ranks=1, memory_limit=room), {}
     limit = np.array([memory_limit_bytes(config, local_ranks or topology.local_size)], np.int64)
     comm.all_reduce(limit, "min").wait()
     # Nothing is left to weigh where every placement and exchange is forced and no gradients are all-reduced.

@@ -63,7 +63,7 @@ class Trainer:
             comm=comm,
             threads=threads,
             saved=self._latest,
-            local_ranks=roles.topology.local_size if roles else None,
+            machines=roles.topology if roles else None,
         )
         self.split = self.engine.dataset.split("train")
         self.steps = planned_steps(config, self.split.rows)
@@ -73,7 +73,8 @@ class Trainer:
         captured = 2 * ring_size(self.engine.train_schedule.rows)
         self._window = RateWindow(captured if self.engine.device.steps_behind else 1)
         readers: list[Reader] = ["checkpoint"] if config.checkpoint.incremental else []
-        self._changed = ChangedRows(self.engine.embedding, [*readers, "evaluation"] if roles else readers)
+        readers += ["evaluation"] if roles else []
+        self._changed = ChangedRows(self.engine.embedding, readers, self.engine.device)
         self._evaluations = make_evaluations(self.engine, self._note_evaluation, roles, self._changed)
         self._outcomes = Outcomes(comm, self._evaluations.done, config.optimizer.lr)
         self._ring: list[Flight] = []

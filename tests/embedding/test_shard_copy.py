@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dlrm.device import HostDevice
 from embedding import shard_copy
 from embedding.shard_copy import Held, ShardCopy
 from embedding.table import Shard
@@ -70,7 +71,7 @@ def test_changed_rows_arrive(rng, monkeypatch, givers, takers, dtype):
         group, rank = ("give", comm.rank) if giving else ("take", comm.rank - givers)
         parts = [(name, *part) for name in sizes for part in held[group][name][rank]]
         own = shards(new if giving else old, changed if giving else None, parts)
-        copy = ShardCopy(comm, givers, own)
+        copy = ShardCopy(comm, givers, own, HostDevice(1))
         if giving:
             copy.give(own)
         else:
@@ -93,7 +94,7 @@ def test_rows_that_did_not_change_do_not_travel(rng):
 
     def work(comm):
         own = [Shard("t", range(rows), range(DIM), weight.copy(), touched=touched)]
-        copy = ShardCopy(comm, 1, own)
+        copy = ShardCopy(comm, 1, own, HostDevice(1))
         return copy.take(own) if comm.rank else copy.give(own)
 
     sent, _ = thread_ranks.run_ranks(2, work)

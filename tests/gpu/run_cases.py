@@ -15,7 +15,8 @@ import pytest
 from dlrm.config import parse_run_config
 from dlrm.device import HostDevice
 from embedding.comm import SingleComm
-from pipeline.trainer import Trainer, TrainResult
+from pipeline.train import train
+from pipeline.trainer import TrainResult
 
 SMALL = "synthetic:criteo-terabyte?rows=60000&scale=20000"
 STEPS = 50
@@ -79,7 +80,8 @@ def emulate(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def run(values: dict[str, Any], on_ranks: Callable[[Any], Any] = lambda work: work(SingleComm())) -> TrainResult:
     """Train by a config; ``on_ranks`` gives every rank its communicator."""
     config = parse_run_config(values)
-    return on_ranks(lambda comm: Trainer(config, comm=comm, threads=1).run())
+    result: TrainResult = on_ranks(lambda comm: train(config, comm=comm, threads=1))
+    return result
 
 
 def records(directory: Path, kind: str) -> list[dict[str, Any]]:

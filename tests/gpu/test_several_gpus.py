@@ -148,6 +148,22 @@ def test_deterministic_runs_are_equal_to_the_last_bit(tmp_path: Path) -> None:
         assert outcome == found["first"], name
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_evaluation_on_a_rank_of_its_own(gpus: int, tmp_path: Path) -> None:
+    """The last rank evaluates, on a GPU of its own or on that of the rank that trains."""
+    need_gpus(gpus)
+    if gpus == 1 and _gpus() > 1:
+        pytest.skip("every rank has a GPU of its own")
+    found = {}
+    for own in (0, 1):
+        directory = tmp_path / str(own)
+        form = {"train": {"eval_every": 10}, "eval": {"ranks": own}, "precision": "fp16"}
+        train(config_of(directory, deterministic=True, **form), 1 + own)
+        found[own] = {record["step"]: record["metrics"]["auc"] for record in records(directory, "eval")}
+    assert sorted(found[1]) == [10, 20, 30, 40, 50]
+    assert found[1] == pytest.approx(found[0], abs=1e-6)
+
+
 def test_half_precision_reaches_one_gpus_auc(tmp_path: Path) -> None:
     need_gpus(2)
     data = {"path": "synthetic:criteo-terabyte?rows=4000000&scale=1000", "batch_size": 4096}

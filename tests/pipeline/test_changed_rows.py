@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dlrm.device import HostDevice
 from embedding.table import Shard
 from pipeline.changed_rows import ChangedRows
 
@@ -31,6 +32,11 @@ class Tables:
             self.touched[number][row] = True
         self.late.clear()
 
+    def resident(self):
+        """On the device; here there is but one place."""
+        self.settle()
+        return self.shards()
+
     def shards(self):
         return [
             Shard(
@@ -43,7 +49,7 @@ class Tables:
 @pytest.mark.parametrize("readers", [("checkpoint",), ("evaluation",), ("checkpoint", "evaluation")])
 def test_a_reader_misses_nothing_and_sees_nothing_twice(rng, readers):
     tables = Tables()
-    changed = ChangedRows(tables, readers)
+    changed = ChangedRows(tables, readers, HostDevice(1))
     expected = {reader: [set() for _ in SIZES] for reader in readers}
     for _ in range(60):
         for number, size in enumerate(SIZES):
@@ -55,7 +61,8 @@ def test_a_reader_misses_nothing_and_sees_nothing_twice(rng, readers):
             for rows in expected.values():
                 rows[number].add(row)
         reader = readers[rng.integers(len(readers))]
-        seen = [set(np.flatnonzero(shard.touched).tolist()) for shard in changed.shards(reader)]
+        ask = changed.shards if rng.random() < 0.5 else changed.resident
+        seen = [set(np.flatnonzero(shard.touched).tolist()) for shard in ask(reader)]
         assert seen == expected[reader]
         if rng.random() < 0.6:
             changed.forget(reader)
@@ -64,5 +71,5 @@ def test_a_reader_misses_nothing_and_sees_nothing_twice(rng, readers):
 
 def test_without_readers_nothing_is_noted():
     tables = Tables()
-    ChangedRows(tables, ())
+    ChangedRows(tables, (), HostDevice(1))
     assert tables.touched is None

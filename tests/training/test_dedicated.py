@@ -147,9 +147,7 @@ def test_tables_that_do_not_fit_are_refused_in_a_sentence(tiny_dataset, run_valu
     assert "Traceback" not in errors
 
 
-def test_one_process_and_a_gpu_are_refused(tiny_dataset, run_values):
+def test_one_process_is_refused(tiny_dataset, run_values):
     values = run_values(tiny_dataset(), eval={"ranks": 1})
     with pytest.raises(ConfigError, match=r"eval\.ranks: 1, but the run has 1 rank"):
         train(parse_run_config(values))
-    with pytest.raises(ConfigError, match=r"eval\.ranks: 1, but evaluation on ranks of its own runs on CPUs"):
-        parse_run_config({**values, "device": "cuda"})
