@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--no-touch", dest="touch", action="store_false", help="copy into memory never used before")
     parser.add_argument("--directory", help="where to write; left out: the system's temporary folder")
     parser.add_argument("--json", help="file that gets the figures")
-    parser.add_argument("--only", choices=["behind", "synchronous"], help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=["behind", "synchronous"], help="this part alone, as JSON")
     options = parser.parse_args()
     options.epoch_samples = options.epoch_samples or 105 * options.rows
     figures: dict[str, Any] = {}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from embedding.placement import plan_from_values
+from embedding.reduce_way import ReduceWay
 from pipeline.checkpoint import open_checkpoint
 from pipeline.dataset import load_dataset
 from pipeline.synthetic import SyntheticTable, generate
@@ -79,6 +83,34 @@ def test_frequent_rows_are_found_wherever_they_are_and_kept(alone, run_engine):
             np.testing.assert_array_equal(checkpoint.read(f"frequent.{name}"), sorted(expected))
     kinds = [placement["listed"] for placement in checkpoint.meta["plan"]["placements"]]
     assert kinds == [True, False, True]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("latency_s", [0.0, 1.0])
+def test_replicated_rows_go_on_bit_for_bit(tiny_dataset, run_values, run_engine, latency_s):
+    """By touched rows where all-reduces start at once, else all; in fp32, where the order of sums shows."""
+    link = {"bytes_per_s": 1e9, "latency_s": latency_s}
+    rates = dict.fromkeys(("inside", "across", "inside_reduce", "across_reduce"), link) | {"ranks": 3, "nodes": 1}
+    values = run_values(
+        tiny_dataset(), "run", embedding={"placement": "replicated"}, data={"batch_size": 33},
+        train={"max_steps": 12, "checkpoint_every": 5, "keep_checkpoints": 9},
+    )  # fmt: skip
+    directory, made = Path(values["run"]["directory"]), []
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "links.json").write_text(json.dumps(rates), encoding="utf-8")
+    for _ in range(2):
+        code, errors = run_engine(values, ranks=3)
+        assert code == 0, errors
+        made.append(tensors_of(directory))
+        for later in sorted((directory / "checkpoints").glob("step-*"))[1:]:
+            shutil.rmtree(later)  # the second run goes on from step 5
+    [first] = (directory / "checkpoints").glob("step-*")
+    assert int(first.name.removeprefix("step-")) == 5
+    plan = plan_from_values(open_checkpoint(first).meta["plan"])
+    dense = ReduceWay.of(plan, range(len(plan.specs))).is_dense(50 + 20 + 300, 33, plan.specs[0].dim, 4)
+    assert dense == (latency_s > 0)
+    for name, array in made[0].items():
+        np.testing.assert_array_equal(made[1][name], array, err_msg=name)
 
 
 @pytest.mark.ranks
