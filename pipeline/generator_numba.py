@@ -21,7 +21,8 @@ _MASK = np.uint64(0xFFFFFFFF)
 _HIGH = np.uint64(32)
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _K0, _K1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
-_BYTE = np.uint32(255)
+_BYTES, _SUM = np.uint32(0x00FF00FF), np.uint32(0xFFFF)
+_FIRST_FACTOR = np.uint32(0x9E3779B1)
 _E0, _E1, _E2, _E3, _E4, _E5, _E6 = EXP2_SERIES
 _ONE, _SMALLEST, _LARGEST = np.float32(1), np.float32(-60), np.float32(60)
 
@@ -59,15 +60,16 @@ def _philox(numbers: Any, block: int, seed: Any, words: Any) -> None:
 
 @njit(nogil=True, inline="always")
 def _bell(word: Any) -> Any:
-    """Sum of the four bytes, brought to mean 0 and variance 1."""
-    total = (word & _BYTE) + ((word >> np.uint32(8)) & _BYTE)
-    total += ((word >> np.uint32(16)) & _BYTE) + (word >> np.uint32(24))
+    """Sum of the four bytes, brought to mean 0 and variance 1; they are added two and two side by side."""
+    total = (word & _BYTES) + ((word >> np.uint32(8)) & _BYTES)
+    total = np.uint32(total + (total >> np.uint32(16))) & _SUM
     return np.float32(np.int32(np.int32(total) - np.int32(BYTES_MEAN))) * BYTES_SCALE
 
 
 @njit(nogil=True, inline="always")
-def _hash(key: Any, salt: Any) -> Any:
-    z = np.uint32(np.uint32(key * np.uint32(0x9E3779B1)) ^ salt)
+def _hash(product: Any, salt: Any) -> Any:
+    """Of a key times ``_FIRST_FACTOR``, which all salts share."""
+    z = np.uint32(product ^ salt)
     z = np.uint32(np.uint32(z ^ (z >> np.uint32(16))) * np.uint32(0x7FEB352D))
     z = np.uint32(np.uint32(z ^ (z >> np.uint32(15))) * np.uint32(0x846CA68B))
     return np.uint32(z ^ (z >> np.uint32(16)))
@@ -116,7 +118,36 @@ def _dense(words: Any, factor: Any, columns: Any, logits: Any) -> None:
 def _add_bells(keys: Any, salt: Any, mean: Any, scale: Any, sums: Any) -> None:
     """Sums [L] += what each key has of an effect or a latent coordinate."""
     for lane in range(_LANES):
-        sums[lane] = sums[lane] + (_bell(_hash(keys[lane], salt)) - mean) * scale
+        product = np.uint32(keys[lane] * _FIRST_FACTOR)
+        sums[lane] = sums[lane] + (_bell(_hash(product, salt)) - mean) * scale
+
+
+@njit(nogil=True)
+def _add_one_hot(keys: Any, salts: Any, means: Any, scales: Any, sums: Any) -> None:
+    """What the one key of a table has, into all sums of its row at once: E = 4.
+
+    Written out, since a loop over coordinates inside that over lanes would keep the compiler from vector instructions.
+    ``sums``: [(1 + 2 E) L], one array, so that it need not be told from others before every loop.
+    """
+    salt0, salt1, salt2 = np.uint32(salts[0]), np.uint32(salts[1]), np.uint32(salts[2])
+    salt3, salt4 = np.uint32(salts[3]), np.uint32(salts[4])
+    mean0, mean1, mean2, mean3, mean4 = means[0], means[1], means[2], means[3], means[4]
+    scale0, scale1, scale2, scale3, scale4 = scales[0], scales[1], scales[2], scales[3], scales[4]
+    for lane in range(_LANES):
+        product = np.uint32(keys[lane] * _FIRST_FACTOR)
+        sums[lane] = sums[lane] + (_bell(_hash(product, salt0)) - mean0) * scale0
+        u = (_bell(_hash(product, salt1)) - mean1) * scale1
+        sums[lane + _LANES] = sums[lane + _LANES] + u
+        sums[lane + 5 * _LANES] = sums[lane + 5 * _LANES] + u * u
+        u = (_bell(_hash(product, salt2)) - mean2) * scale2
+        sums[lane + 2 * _LANES] = sums[lane + 2 * _LANES] + u
+        sums[lane + 6 * _LANES] = sums[lane + 6 * _LANES] + u * u
+        u = (_bell(_hash(product, salt3)) - mean3) * scale3
+        sums[lane + 3 * _LANES] = sums[lane + 3 * _LANES] + u
+        sums[lane + 7 * _LANES] = sums[lane + 7 * _LANES] + u * u
+        u = (_bell(_hash(product, salt4)) - mean4) * scale4
+        sums[lane + 4 * _LANES] = sums[lane + 4 * _LANES] + u
+        sums[lane + 8 * _LANES] = sums[lane + 8 * _LANES] + u * u
 
 
 @njit(nogil=True)
@@ -172,28 +203,31 @@ def generate_records(
     """See ``pipeline.generator.generate_records``."""
     num_dense, num_latent = linear.size, salts.shape[1] - 1
     num_blocks = (1 + num_dense + 2 * (records.shape[1] - 1 - num_dense) + 3) // 4
-    rows, logit = np.zeros(_LANES, np.int64), np.empty(_LANES, np.float32)
+    rows, vectors = np.zeros(_LANES, np.int64), np.empty((num_latent, _LANES), np.float32)
     words = np.empty((4 * num_blocks, _LANES), np.uint32)
     columns = np.empty((records.shape[1], _LANES), np.uint32)
-    vectors, totals, squares = (
-        np.empty((num_latent, _LANES), np.float32),
-        np.empty((num_latent, _LANES), np.float32),
-        np.empty((num_latent, _LANES), np.float32),
-    )
+    sums = np.empty((1 + 2 * num_latent) * _LANES, np.float32)
+    logit, parts = sums[:_LANES], sums[_LANES:].reshape(2 * num_latent, _LANES)
+    totals, squares = parts[:num_latent], parts[num_latent:]
     for first in range(0, numbers.size, _LANES):
         count = min(_LANES, numbers.size - first)
         rows[:count] = numbers[first : first + count]
         for block in range(num_blocks):
             _philox(rows, block, seed, words[4 * block : 4 * block + 4])
         logit[:] = bias
-        totals[:] = np.float32(0)
-        squares[:] = np.float32(0)
+        parts[:] = np.float32(0)
         for n in range(num_dense):
             _dense(words[1 + n], linear[n], columns[1 + n], logit)
         column = 0
         for t in range(hotness.size):
-            vectors[:] = np.float32(0)
             start, stop = law_starts[t], law_starts[t + 1]
+            if hotness[t] == 1 and num_latent == 4:
+                at, keys = 1 + num_dense + 2 * column, columns[1 + num_dense + column]
+                _keys(words[at], words[at + 1], start, stop, limits, aliases, firsts, sizes, keys)
+                _add_one_hot(keys, salts[t], means[t], scales[t], sums)
+                column += 1
+                continue
+            vectors[:] = np.float32(0)
             for _ in range(hotness[t]):
                 at, keys = 1 + num_dense + 2 * column, columns[1 + num_dense + column]
                 _keys(words[at], words[at + 1], start, stop, limits, aliases, firsts, sizes, keys)
