@@ -46,8 +46,10 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 """Rows of each table."""
 
-CHUNK_ROWS = 65_536
-"""Rows made and handed to the disk at once: 10 MiB of Criteo's shape, fewer waits than in smaller pieces."""
+CHUNK_ROWS = 32_768
+"""Rows made and handed to the disk at once: 5 MiB of Criteo's shape, fewer waits than in smaller pieces."""
+_AHEAD = 6
+"""Chunks made beyond one a thread: a disk's rate changes from one moment to the next."""
 
 
 def describe_synthetic(
@@ -285,7 +287,8 @@ def _made_ahead(
     """
     row_bytes = 4 * made.generator.row_words
     room = -(-CHUNK_ROWS * row_bytes // PAGE) * PAGE
-    places = threads + 2 + WRITES_BEHIND
+    ahead = threads + _AHEAD
+    places = ahead + WRITES_BEHIND
     # In one piece, so that the system may give it large pages.
     ring = page_aligned(np.empty(places * room + PAGE, np.uint8), places * room)
 
@@ -299,7 +302,7 @@ def _made_ahead(
     taken: deque[int] = deque()
     starts = iter(range(0, max(num_rows, 1), CHUNK_ROWS))
     while True:
-        while len(making) <= threads and (start := next(starts, None)) is not None:
+        while len(making) < ahead and (start := next(starts, None)) is not None:
             place = free.popleft()
             making.append((place, pool.submit(fill, place, start)))
         if not making:

@@ -27,7 +27,7 @@ _HASHED_BESIDE = 1 << 20
 """Bytes from which on a block is hashed while it is written; less is not worth a thread."""
 _ADVISED_BYTES, CACHED_BYTES = 32 << 20, 256 << 20
 """How often the system is told, and how far back; so a file of up to ``CACHED_BYTES`` stays in the page cache."""
-WRITES_BEHIND = 2
+WRITES_BEHIND = 4
 """Direct writes that may still be under way when ``OutputFile.write`` returns."""
 
 
