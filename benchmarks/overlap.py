@@ -103,11 +103,18 @@ def show_schedule(folder: Path, options: argparse.Namespace) -> None:
     subprocess.run(engine_command(file, 1), env=engine_environment(os.environ), check=True, stdout=subprocess.DEVNULL)
     records = [record for record, _ in read_records(directory / "progress.jsonl")]
     # The first window compiles; the closing evaluation is not of the schedule.
-    trained = sum(steps // 20 * options.batch / r["samples_per_s"] for r in records[1:] if r["type"] == "step")
+    rates = [record["samples_per_s"] for record in records if record["type"] == "step"][1:]
+    trained = sum(steps // 20 * options.batch / rate for rate in rates)
     found = [record for record in records if record["type"] == "eval"][:-1]
     forward = sum(record["seconds"] - record["scoring_seconds"] for record in found)
     waited = sum(record["waited_seconds"] for record in found)
     whole = trained + forward + waited
+    evaluated = statistics.median(r["samples"] / (r["seconds"] - r["scoring_seconds"]) for r in found[1:])
+    trained_rate = statistics.median(rates)
+    print(
+        f"in that run evaluation passes {evaluated:,.0f} samples/s, training {trained_rate:,.0f}: "
+        f"{evaluated / trained_rate:.2f} x"
+    )
     print(
         f"evaluation every 5 % of an epoch of {steps} batches, 1/47 of its rows: "
         f"{100 * (forward + waited) / whole:.2f} % of {whole:.2f} s are evaluation; scoring takes "

@@ -279,7 +279,8 @@ def looking_up_beside(schedule: Schedule) -> Schedule:
 def fused_schedule(schedule: Schedule) -> Schedule:
     """One stream for an evaluation that has one lane."""
     uploads = [row for row in schedule.rows if row.stage == S.upload]
-    rows = [replace(row, ahead=0) for row in EVAL_SEQUENTIAL if row.stage != S.upload]
+    rows = [row for row in EVAL_SEQUENTIAL if row.stage != S.upload]
+    rows[0] = replace(rows[0], after=(S.upload,))
     return Schedule((*uploads, *rows), "one GPU runs look-up and interaction as one kernel")
 
 

@@ -1,0 +1,96 @@
+"""Proof of order of what GPUs make of the schedules' tables, whose stages read and write more there."""
+
+from __future__ import annotations
+
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.engine_cuda import fused_schedule, guarded, looking_up_beside
+from pipeline.overlap import Schedule
+from pipeline.schedule import EVAL_OVERLAPPED, EVAL_SEQUENTIAL, TRAIN_EXCHANGED, TRAIN_OVERLAPPED, at_depth
+from pipeline.stages import FIELDS, S
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from clocked_device import faults_of
+
+DEPTHS = range(1, 5)
+DYNAMIC = types.SimpleNamespace(dynamic=True)
+TRAINING = {"one": TRAIN_OVERLAPPED, "several": TRAIN_EXCHANGED}
+
+
+def without(rows, stage, wait):
+    """The schedule with a wait deleted."""
+    assert any(row.stage == stage and wait in row.after for row in rows)
+    return tuple(
+        replace(row, after=tuple(other for other in row.after if other != wait)) if row.stage == stage else row
+        for row in rows
+    )
+
+
+def declare(monkeypatch, stage, reads="", writes=""):
+    """Fields that a stage uses on GPUs besides those that it declares."""
+    declared = FIELDS[stage]
+    monkeypatch.setitem(FIELDS, stage, (declared[0] | set(reads.split()), declared[1] | set(writes.split())))
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2, 3, 9])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_an_evaluation_of_one_lane_is_in_order(depth, batches):
+    """Look-up and interaction are one kernel; what still runs beside it is the upload."""
+    for rows in (at_depth(EVAL_OVERLAPPED, depth), EVAL_SEQUENTIAL):
+        assert faults_of(fused_schedule(Schedule(rows, "")).rows, batches) == []
+
+
+def test_its_wait_cannot_be_deleted():
+    mutants = [
+        without(fused_schedule(Schedule(at_depth(EVAL_OVERLAPPED, depth), "")).rows, S.input_dist, S.upload)
+        for depth in DEPTHS
+    ]
+    assert any(faults_of(rows, 9) for rows in mutants)
+
+
+@pytest.fixture
+def flagged(monkeypatch):
+    """With dynamic loss scaling: the reduction finds whether all gradients are finite, and no update goes before."""
+    declare(monkeypatch, S.reduce_dense, reads="grad_vectors.tables", writes="gradients.finite")
+    declare(monkeypatch, S.sparse_update, reads="gradients.finite")
+    declare(monkeypatch, S.dense_update, reads="gradients.finite")
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2, 3, 9])
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("gpus", TRAINING)
+def test_no_table_is_updated_before_all_gradients_are_known_to_be_finite(flagged, gpus, depth, batches):
+    rows = guarded(Schedule(at_depth(TRAINING[gpus], depth), ""), DYNAMIC).rows
+    assert faults_of(rows, batches) == []
+
+
+@pytest.mark.parametrize("gpus", TRAINING)
+def test_the_guard_cannot_be_deleted(flagged, gpus):
+    schedules = [guarded(Schedule(at_depth(TRAINING[gpus], depth), ""), DYNAMIC).rows for depth in DEPTHS]
+    assert any(faults_of(without(rows, S.sparse_update, S.reduce_dense), 9) for rows in schedules)
+    assert any(faults_of(at_depth(TRAINING[gpus], depth), 9) for depth in DEPTHS)
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """On several GPUs the bottom layers' stage looks the rows up that lie here, by the batch's lists."""
+    declare(monkeypatch, S.bottom_forward, reads="keys embedding.keys weights.tables", writes="vectors.own")
+    for stage in (S.top_forward, S.top_backward):
+        declare(monkeypatch, stage, reads="vectors.own")
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2, 3, 9])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_rows_of_a_gpus_own_are_not_stale(beside, depth, batches):
+    assert faults_of(looking_up_beside(Schedule(at_depth(TRAIN_EXCHANGED, depth), "")).rows, batches) == []
+
+
+def test_the_wait_for_the_lists_cannot_be_deleted(beside):
+    schedules = [looking_up_beside(Schedule(at_depth(TRAIN_EXCHANGED, depth), "")).rows for depth in DEPTHS]
+    assert any(faults_of(without(rows, S.bottom_forward, S.input_dist), 9) for rows in schedules)
