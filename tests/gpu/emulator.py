@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import re
 import shutil
 import subprocess
+import tempfile
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,8 @@ from dlrm.nvrtc import Defines, branch_arch
 
 ROOT = Path(__file__).parents[2]
 HEADERS = ROOT / "tests" / "kernels"
+_KEPT_SECONDS = 14 * 24 * 3600
+"""How long a library that nobody asks for is kept."""
 TYPES = {
     np.uint64: ctypes.c_uint64,
     np.int64: ctypes.c_int64,
@@ -104,11 +110,45 @@ class Emulator:
             for name in names
         ]
         stem = f"{source.stem}-{hashlib.sha256(repr(defines).encode()).hexdigest()[:16]}"
-        place, library = self._folder / f"{stem}.cpp", self._folder / f"{stem}.so"
+        place = self._folder / f"{stem}.cpp"
         place.write_text(f'#include "emulation_blocks.h"\n#include "{source}"\n' + "".join(entries), encoding="utf-8")
         macros = [f"-D{macro}={value}" for macro, value in defines]
         flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", f"-I{HEADERS}", f"-I{ROOT}"]
-        command = [str(compiler()), *flags, *macros, str(place), "-o", str(library)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return ctypes.CDLL(str(library))
+        return ctypes.CDLL(str(_built([str(compiler()), *flags, *macros, str(place)], stem, self._folder)))
+
+
+def _built(command: list[str], stem: str, otherwise: Path) -> Path:
+    """The library of a compiler's command, kept from run to run.
+
+    It is known by the compiler's version, by the flags, and by every character that the compiler gets to see: the
+    preprocessor's output, in which all headers stand. Whatever is changed there is compiled anew. Without
+    a home that can be written, libraries lie in ``otherwise``.
+    """
+    version = _run([command[0], "--version"])
+    text = _run([*command, "-E", "-P"])  # without the names of files, of which some are new in every run
+    seen = "\0".join((version, *command[:-1], text))
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crosslane" / "emulated"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, RuntimeError):
+        folder = otherwise
+    library = folder / f"{stem}-{hashlib.sha256(seen.encode()).hexdigest()[:32]}.so"
+    if library.exists():
+        os.utime(library)
+        return library
+    unfinished = folder / f"{library.name}.{os.getpid()}.{threading.get_ident()}"
+    _run([*command, "-o", str(unfinished)])
+    unfinished.replace(library)
+    for other in folder.iterdir():
+        with suppress(OSError):  # another process may have removed it
+            if time.time() - other.stat().st_mtime > _KEPT_SECONDS:
+                other.unlink()
+    return library
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
