@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from pipeline.dataset import Split
 from pipeline.device_feed import DeviceBatch, Origin, load_resident, make_origin, need_resident, open_feed
@@ -17,6 +17,19 @@ Batches = Iterator[LoadedBatch | DeviceBatch]
 
 _SHARE_FOR_CACHE = 0.5
 """Of the GPU's free memory, for rows that are evaluated again and again."""
+
+
+class _Order(TypedDict):
+    """Which batches of a split, in which order: what a ``Loader`` and ``open_feed`` call by the same names."""
+
+    rank: int
+    ranks: int
+    seed: int
+    shuffle: bool
+    drop_last: bool
+    start_step: int
+    stop_step: int | None
+    epochs: int | None
 
 
 class TrainingFeed:
@@ -38,93 +51,77 @@ class TrainingFeed:
 
     def batches(self, start_step: int, stop_step: int) -> AbstractContextManager[Batches]:
         """Those of the steps behind ``start_step``, up to ``stop_step``."""
-        return _training_batches(self._engine, self._split, self._origin, start_step, stop_step)
-
-
-@contextmanager
-def _training_batches(
-    engine: Engine, split: Split, origin: Origin | None, start_step: int, stop_step: int
-) -> Iterator[Batches]:
-    config, comm = engine.config, engine.comm
-    data = config.data
-    if engine.layout is None:
-        with Loader(
-            split,
-            batch_size=data.batch_size,
-            rank=comm.rank,
-            ranks=comm.size,
-            seed=config.seed,
-            shuffle=data.shuffle,
-            window=data.shuffle_window,
-            drop_last=data.drop_last,
-            prefetch=data.prefetch,
-            block=data.shuffle_block,
-            readers=data.readers,
+        config = self._engine.config
+        return _batches(
+            self._engine,
+            self._split,
+            self._origin,
+            batch_size=config.data.batch_size,
+            shuffle=config.data.shuffle,
+            drop_last=config.data.drop_last,
             start_step=start_step,
             stop_step=stop_step,
             epochs=config.train.epochs,
-        ) as loader:
-            yield iter(loader)
-        return
-    with open_feed(
-        split,
-        data,
-        device=engine.device,
-        origin=origin,
-        batch_rows=data.batch_size,
-        rank=comm.rank,
-        ranks=comm.size,
-        seed=config.seed,
-        shuffle=data.shuffle,
-        drop_last=data.drop_last,
-        start_step=start_step,
-        stop_step=stop_step,
-        epochs=config.train.epochs,
-    ) as batches:
-        yield batches
+        )
 
 
-@contextmanager
 def evaluation_batches(
     engine: Engine, split: Split, batch_size: int, origin: Origin | None, only: int | None = None
-) -> Iterator[Batches]:
+) -> AbstractContextManager[Batches]:
     """This rank's batches of one pass over a split, in the order of its rows; or only one of them, from 0."""
     first, stop = (0, None) if only is None else (only, only + 1)
-    comm, data = engine.comm, engine.config.data
-    if engine.layout is None:
-        with Loader(
-            split,
-            batch_size=batch_size,
-            rank=comm.rank,
-            ranks=comm.size,
-            seed=engine.config.seed,
-            shuffle=False,
-            window=batch_size,
-            drop_last=False,
-            prefetch=data.prefetch,
-            readers=data.readers,
-            start_step=first,
-            stop_step=stop,
-            epochs=1,
-        ) as loader:
-            yield iter(loader)
-        return
-    with open_feed(
+    return _batches(
+        engine,
         split,
-        data,
-        device=engine.device,
-        origin=origin,
-        batch_rows=batch_size,
-        rank=comm.rank,
-        ranks=comm.size,
-        seed=engine.config.seed,
+        origin,
+        batch_size=batch_size,
         shuffle=False,
         drop_last=False,
         start_step=first,
         stop_step=stop,
         epochs=1,
-    ) as batches:
-        yield batches
+    )
+
+
+@contextmanager
+def _batches(
+    engine: Engine,
+    split: Split,
+    origin: Origin | None,
+    *,
+    batch_size: int,
+    shuffle: bool,
+    drop_last: bool,
+    start_step: int,
+    stop_step: int | None,
+    epochs: int | None,
+) -> Iterator[Batches]:
+    """What both feeds take from the config, and decoded columns or records as the engine's device wants them."""
+    data, comm = engine.config.data, engine.comm
+    order = _Order(
+        rank=comm.rank,
+        ranks=comm.size,
+        seed=engine.config.seed,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        start_step=start_step,
+        stop_step=stop_step,
+        epochs=epochs,
+    )
+    if engine.layout is not None:
+        with open_feed(split, data, device=engine.device, origin=origin, batch_rows=batch_size, **order) as batches:
+            yield batches
+        return
+    with Loader(
+        split,
+        batch_size=batch_size,
+        window=data.shuffle_window if shuffle else batch_size,
+        block=data.shuffle_block if shuffle else 1,
+        prefetch=data.prefetch,
+        readers=data.readers,
+        **order,
+    ) as loader:
+        yield iter(loader)
 
 
 def evaluation_origin(engine: Engine, split: Split, batch_size: int) -> Origin | None:
