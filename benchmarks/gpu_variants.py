@@ -14,7 +14,9 @@ from collections.abc import Callable
 
 import cupy
 import numpy as np
-from gpu_kernels import DCN_HOTNESS, SHAPES, Clock, Tables
+from gpu_clock import Clock
+from gpu_kernels import DCN_HOTNESS, SHAPES
+from gpu_tables import Tables
 
 from dlrm.cuda import CudaDevice
 from dlrm.scalars import SIZE, write_guard
