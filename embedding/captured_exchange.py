@@ -51,6 +51,7 @@ class ExchangedEmbedding:
         comm: the ranks; carries buffers of the device.
         topology: of ``comm``.
         first: place of table 0 in the vectors.
+        room: how many times as long lists are made as is expected to be enough.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class ExchangedEmbedding:
         distinct: Sequence[int] | None = None,
         listed: bool = False,
         sends: bool = False,
+        features: Sequence[int] | None = None,
     ) -> None:
         """Allocate and initialise what this rank holds.
 
@@ -96,6 +98,7 @@ class ExchangedEmbedding:
                 ``weight`` and among what has come (``FlatRoute.come``); not with ``hierarchical``.
             sends: with ``listed``: gradients of rows that travel, and without sums as they come those of this rank's
                 own rows, are written where ``lists.slots`` says, and not to ``grad_vectors``.
+            features: the table of each feature, which has one key a row; ``None``: every table is one.
 
         Raises:
             ConfigError: the plan is for other ranks, or has placements that GPUs do not do.
@@ -107,7 +110,7 @@ class ExchangedEmbedding:
         self._device, self._optimizer, self._deterministic = device, optimizer, deterministic
         self._precision, self._shares, self._sigmas = exchange_precision, shares, sigmas
         self._dim = plan.specs[0].dim
-        self._distinct, self._room = distinct, 1.0
+        self._distinct, self.room = distinct, 1.0
         self._listed, self._sends = listed, sends
         self._nodes = Nodes.of(topology) if hierarchical and topology is not None else None
         others = [rank for rank in range(comm.size) if rank != comm.rank]
@@ -116,8 +119,9 @@ class ExchangedEmbedding:
         self._placed = place_tables(
             plan, rank=comm.rank, first=first, device=device, optimizer=optimizer, dtype=table_dtype, seed=seed,
             own_pads=not adds or hierarchical, frequent_pads=deterministic, order=order,
+            features=features,
         )  # fmt: skip
-        self._adds = adds
+        self._adds, self._features = adds, len(self._placed.layout.place)
         self._sums = CapturedSums(self._placed, device, comm, optimizer.kind, ordered=deterministic)
         self._unit = UnitUpdate.create(device)
         self._touched: Array | None = None
@@ -170,21 +174,29 @@ class ExchangedEmbedding:
         if self._touched is not None:
             self._touched.fill(0)
 
-    def buffers(self, capacity: int, vectors: Array, grad_vectors: Array | None = None) -> ExchangeBuffers:
+    def buffers(
+        self,
+        capacity: int,
+        vectors: Array,
+        grad_vectors: Array | None = None,
+        capacities: tuple[int, ...] | None = None,
+    ) -> ExchangeBuffers:
         """Room for one batch in flight, of one key a bag.
 
         Args:
             capacity: most rows of any rank: a whole batch over the ranks, rounded up; the same on every rank.
             vectors: [capacity or more, F, D] C-contiguous; the output.
             grad_vectors: the same shape; its gradients. ``None``: forward only.
+            capacities: most rows that each rank sends to one other; ``None``: as ``shares`` tells.
 
         Raises:
             ConfigError: an array has another shape, dtype or layout.
         """
-        check_arrays(vectors, grad_vectors, capacity, (self.first + len(self.specs), self._dim), vectors.dtype)
-        keys = self._device.zeros(max(1, len(self.specs) * capacity * self.comm.size), np.int32)
-        capacities = pair_capacities(self.plan, capacity, self._shares, self._sigmas, self._room)
-        distinct = self._distinct and [math.ceil(self._room * most) for most in self._distinct]
+        check_arrays(vectors, grad_vectors, capacity, (self.first + self._features, self._dim), vectors.dtype)
+        keys = self._device.zeros(max(1, self._features * capacity * self.comm.size), np.int32)
+        if capacities is None:
+            capacities = pair_capacities(self.plan, capacity, self._shares, self._sigmas, self.room)
+        distinct = self._distinct and [math.ceil(self.room * most) for most in self._distinct]
         return self._make(capacity, vectors, grad_vectors, keys, capacities, distinct)
 
     def make_room(self, buffers: ExchangeBuffers) -> None:
@@ -193,7 +205,7 @@ class ExchangedEmbedding:
         Args:
             buffers: after ``input_dist``; they stay as they are.
         """
-        self._room *= longer(self._device.to_host(buffers.lists.totals), buffers.lists.capacities)
+        self.room *= longer(self._device.to_host(buffers.lists.totals), buffers.lists.capacities)
 
     def exact(self, buffers: ExchangeBuffers, rows: int, global_rows: int) -> ExchangeBuffers:
         """The same batch with lists of the length that it needs, after ``input_dist``; the host waits for counts.
@@ -327,7 +339,7 @@ class ExchangedEmbedding:
         rows, layout, store, unit = buffers.num_rows, placed.layout, placed.store, self._unit
         told = self._told(buffers, guard)
         if self._adds and rows:
-            keys = lists.own[: len(self.specs) * rows]
+            keys = lists.own[: self._features * rows]
             call(
                 self._device, sgd_one_hot, store.weight, layout.own_start, keys, layout.place, rows,
                 buffers.grad_vectors, scalars, guard,

@@ -58,7 +58,7 @@ def check_placements(specs: Sequence[TableSpec], placements: Sequence[Placement]
     """Refuse what captured steps do not do.
 
     Raises:
-        ConfigError: a table is cut by columns, lists its frequent rows, or has bags; or dims differ.
+        ConfigError: a table is cut by columns or lists its frequent rows, or dims differ.
     """
     if len({spec.dim for spec in specs}) > 1:
         raise ConfigError(f"tables: dims {sorted({spec.dim for spec in specs})} differ; give all tables one dim")
@@ -68,8 +68,6 @@ def check_placements(specs: Sequence[TableSpec], placements: Sequence[Placement]
             wrong = "placement column_wise runs on CPUs alone; use table_wise, row_wise or hybrid"
         elif placement.listed:
             wrong = "a list of frequent rows runs on CPUs alone; prepare the data ordered by frequency"
-        elif spec.hotness != 1:
-            wrong = f"hotness {spec.hotness:g}, but several GPUs exchange one key a bag; use one GPU"
         if wrong:
             raise ConfigError(f"table '{spec.name}': {wrong}")
 
@@ -86,6 +84,7 @@ def place_tables(
     own_pads: bool,
     frequent_pads: bool,
     order: Sequence[int],
+    features: Sequence[int] | None = None,
 ) -> CapturedPlacement:
     """Allocate and initialise what ``rank`` holds.
 
@@ -100,6 +99,7 @@ def place_tables(
         own_pads: lists of own rows are filled up with the row of padding, otherwise with -1.
         frequent_pads: the same of what stands for rows that are not replicated, with row H.
         order: the ranks in the order of their chunks, ``rank`` last.
+        features: [V] the table of each feature, which has one key a row; ``None``: every table is one.
 
     Raises:
         ConfigError: see ``check_placements``.
@@ -123,24 +123,24 @@ def place_tables(
     parts += [Part(spec, rows, columns) for spec, rows in zip(specs, own, strict=True)]
     parts.append(Part.whole(TableSpec(name=_PADDING, rows=1, dim=dim)))
     store = create_shards(parts, dim, device=device, optimizer=optimizer, dtype=dtype, seed=seed)
-    xp = device.xp
+    xp, of = device.xp, np.arange(len(specs)) if features is None else np.array(features, np.int64)
     owner = [placement.owner if placement.kind == "table_wise" else -1 for placement in placements]
     pads = frequent - frequent_start if frequent_pads else np.full(len(specs), -1)
     layout = PairLayout(
-        threshold=xp.asarray(threshold),
-        owner=xp.asarray(np.array(owner, np.int32)),
-        frequent_start=xp.asarray(frequent_start),
-        own_start=xp.asarray(frequent + np.cumsum(held) - held),
-        place=xp.asarray(np.arange(first, first + len(specs))),
-        num_places=first + len(specs),
+        threshold=xp.asarray(threshold[of]),
+        owner=xp.asarray(np.array(owner, np.int32)[of]),
+        frequent_start=xp.asarray(frequent_start[of]),
+        own_start=xp.asarray((frequent + np.cumsum(held) - held)[of]),
+        place=xp.asarray(np.arange(first, first + len(of))),
+        num_places=first + len(of),
         ranks=ranks,
         rank=rank,
         own_pad=total if own_pads else -1,
-        frequent_pad=xp.asarray(pads.astype(np.int32)),
+        frequent_pad=xp.asarray(pads.astype(np.int32)[of]),
         frequent=frequent,
         order=tuple(order),
         chunk_of=xp.asarray(np.argsort(order).astype(np.int32)),
-        relay_row_start=xp.asarray(np.cumsum(most) - most),
+        relay_row_start=xp.asarray((np.cumsum(most) - most)[of]),
         relay_pad=int(most.sum()),
         total_rows=total,
     )
@@ -223,13 +223,18 @@ def node_rows(plan: Plan, keys: Array, nodes: Sequence[Sequence[int]], sigmas: f
         nodes: the ranks of each node.
         sigmas: standard deviations above what these keys show; a count of distinct rows varies no more than its root.
     """
-    total, most = keys.shape[1], np.zeros(plan.ranks)
-    for ranks in nodes:
-        parts = [keys[:, start_of(total, plan.ranks, rank) : start_of(total, plan.ranks, rank + 1)] for rank in ranks]
-        own = np.concatenate(parts, axis=1).astype(np.int64)
+    starts = [start_of(keys.shape[1], plan.ranks, rank) for rank in range(plan.ranks + 1)]
+    parts = [[keys[:, starts[rank] : starts[rank + 1]] for rank in ranks] for ranks in nodes]
+    return most_distinct(plan, [np.concatenate(own, axis=1) for own in parts], sigmas)
+
+
+def most_distinct(plan: Plan, by_node: Sequence[Array | Sequence[Array]], sigmas: float = SIGMAS) -> tuple[int, ...]:
+    """``node_rows`` of the keys of each table that each node has."""
+    most = np.zeros(plan.ranks)
+    for own in by_node:
         found = np.zeros(plan.ranks)
         for table, placement in enumerate(plan.placements):
-            beyond = np.unique(own[table]) - placement.threshold
+            beyond = np.unique(np.asarray(own[table], np.int64)) - placement.threshold
             if placement.kind == "table_wise":
                 found[placement.owner] += len(beyond)
             else:

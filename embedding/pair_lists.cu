@@ -36,7 +36,7 @@ DEVICE Tile tile_of(uint32 index, uint32 global_rows, int ranks, int num_tables,
   return tile;
 }
 
-// The rank that has a key's row, or -1: all have it.
+// The rank that has a key's row, or -1: all have it, or there is no key.
 DEVICE int owner_of(int64 key, int64 threshold, int owner, int ranks) {
   if (key < threshold) return -1;
   if (owner >= 0) return owner;
@@ -168,7 +168,8 @@ KERNEL void __launch_bounds__(THREADS) list_owners(
     __syncwarp();
     if (!inside) continue;  // the last round: nobody waits behind it
     const int64 beyond = table_owner >= 0 ? key - limit : (key - limit) / ranks;
-    if (o < 0) touched[first_frequent + key] = 1;
+    const bool replicated_row = o < 0 && key >= 0;  // a negative key is none
+    if (replicated_row) touched[first_frequent + key] = 1;
     if (o == rank && at < uint32(own_capacity)) given[int64(chunk) * own_capacity + at] = int(first_own + beyond);
     if (with_relay && o >= 0 && at < uint32(capacity[o])) {
       const int begin = relay_start[o * ranks + tile.rank];
@@ -180,14 +181,14 @@ KERNEL void __launch_bounds__(THREADS) list_owners(
     const bool fits = o >= 0 && at < uint32(capacity[o]);
     const int slot = fits ? int(asked_start[o] + at) : -1;
     if (fits) asked[slot] = int(at_place);
-    const int here = o < 0 ? int(first_frequent + key) : o == rank ? int(first_own + beyond) : -1;
+    const int here = replicated_row ? int(first_frequent + key) : o == rank ? int(first_own + beyond) : -1;
     if (with_sources) {
       sources[item] = here >= 0 ? here : fits ? ~slot : 0;  // any row for what did not fit: the batch is run again
       slots[item] = o == rank && with_own ? -1 : slot;
     } else {
       local[at_place] = here;
     }
-    frequent[item] = o < 0 ? int(key) : frequent_pad[tile.table];
+    frequent[item] = replicated_row ? int(key) : frequent_pad[tile.table];
     if (with_own) own_rows[item] = o == rank ? int(beyond) : -1;
   }
 }

@@ -7,6 +7,8 @@ have to be is counted for every pair, so that all ranks see at once when one run
 Of each table, rows below its threshold lie on every rank. Of the others, row r lies on rank ``(r - threshold) % W``, or
 all on the table's owner. A rank's store holds the replicated rows first, then its own, and one row for padding at last.
 
+What a table is here may be one of several *features* that share a table's rows.
+
 Shapes: W ranks, T tables of one key a bag, G rows of the global batch, B of this rank, F places of the vectors, N tiles
 of one rank's keys (each of one table), C_o most rows that rank o sends to one other.
 """
@@ -28,6 +30,8 @@ NOWHERE = -1
 """In a list: no row, no place."""
 REPLICATED = -1
 """Owner of a key whose row lies on every rank."""
+NO_KEY = -2
+"""Owner where a negative key says that there is none: such a place is in no list."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +95,7 @@ class PairLists:
         slots: [T * B] int32: the place in ``asked`` of keys whose gradients travel or are this rank's own, unless
             ``own`` lists these; else -1. Empty as ``sources``.
         frequent: [T * B] int32: keys whose rows are replicated, else ``frequent_pad``.
-        replicated: [1] uint32: how many these are.
+        replicated: [1] uint32: how many these are, and places without a key.
         own: [T * B] int32: row relative to ``own_start`` of keys whose rows this rank owns, else -1; may be empty:
             nobody asks.
         touched: [H] uint8: 1 for the replicated rows that the global batch looks up.
@@ -178,17 +182,18 @@ def tiles_of(rows: int) -> int:
 
 
 def owners_of(keys: Array, layout: PairLayout) -> Array:
-    """The rank of each key's row, or ``REPLICATED``: [T, G] of keys [T, G]."""
+    """The rank of each key's row, ``REPLICATED`` or ``NO_KEY``: [T, G] of keys [T, G]."""
     threshold, owner = layout.threshold[:, None], layout.owner[:, None].astype(np.int64)
     beyond = keys.astype(np.int64) - threshold
-    return np.where(beyond < 0, REPLICATED, np.where(owner >= 0, owner, beyond % layout.ranks))
+    replicated = np.where(keys < 0, NO_KEY, REPLICATED)
+    return np.where(beyond < 0, replicated, np.where(owner >= 0, owner, beyond % layout.ranks))
 
 
 def count_pairs(keys: Array, global_rows: int, layout: PairLayout, lists: PairLists) -> None:
     """Count what travels between every pair of ranks.
 
     Args:
-        keys: [T * G or more] int32 or int64, table-major, all inside their tables.
+        keys: [T * G or more] int32 or int64, table-major, inside their tables; negative: none.
         global_rows: G.
         layout: of the tables.
         lists: ``counts``, ``totals`` and ``flag`` are written.
@@ -258,7 +263,7 @@ def _list_own(keys: Array, owners: Array, beyond: Array, layout: PairLayout, lis
         lists.asked[begin : begin + kept] = (row * layout.num_places + layout.place[table])[:kept]
         slots[table[:kept], row[:kept]] = begin + np.arange(kept)
     frequent, mine = owners == REPLICATED, owners == layout.rank
-    lists.replicated[0] = frequent.sum()
+    lists.replicated[0] = (owners < 0).sum()
     store = np.where(
         frequent, layout.frequent_start[:, None] + keys, np.where(mine, layout.own_start[:, None] + beyond, NOWHERE)
     )

@@ -41,7 +41,8 @@ class Engine:
         carrier: the same ranks, for arrays of the device; ``None``: those go through the host's memory.
         carrier_name: ``none``, ``nccl`` or ``staged``.
         release: lets go of the carrier.
-        embedding: ``HybridEmbedding``, or on GPUs ``CapturedEmbedding`` and ``ExchangedEmbedding``.
+        embedding: ``HybridEmbedding``, or on GPUs ``CapturedEmbedding``, ``ExchangedEmbedding`` and
+            ``ExchangedBags``.
         layout: of the records that the device takes apart itself; ``None``: it is handed decoded batches.
     """
 

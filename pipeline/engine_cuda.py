@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from dlrm.config import RunConfig
 from dlrm.device import Device
-from dlrm.errors import ConfigError, DeviceError
+from dlrm.errors import DeviceError
 from dlrm.interaction_cuda import MOST_VECTORS
 from dlrm.model import DenseModel
 from dlrm.optim import DenseOptimizer
 from embedding.captured import CapturedEmbedding
+from embedding.captured_bags import ExchangedBags
 from embedding.captured_exchange import ExchangedEmbedding
 from embedding.comm import Comm, SingleComm, all_gather_bytes
 from embedding.comm_staged import StagedComm
@@ -108,7 +109,7 @@ def build_captured(
     first: int,
     room: Callable[[], ListRoom],
     fused: bool = False,
-) -> CapturedEmbedding | ExchangedEmbedding:
+) -> CapturedEmbedding | ExchangedEmbedding | ExchangedBags:
     """The tables of this rank.
 
     Args:
@@ -156,29 +157,30 @@ def _exchanged(
     first: int,
     room: ListRoom,
     fused: bool,
-) -> ExchangedEmbedding:
+) -> ExchangedEmbedding | ExchangedBags:
     hierarchical = plan.all_to_all == "hierarchical"
     if hierarchical:  # groups that carry arrays of the device
         inside = comm.split(topology.node, topology.local_rank)
         topology = replace(topology, inside=inside, across=comm.split(topology.local_rank, topology.node))
+    shared: dict[str, Any] = {
+        "plan": plan,
+        "comm": comm,
+        "topology": topology,
+        "device": device,
+        "optimizer": config.table_optimizer,
+        "table_dtype": DTYPES[config.table_precision],
+        "seed": config.seed,
+        "first": first,
+        "deterministic": sorts_first(config),
+        "exchange_precision": config.embedding.exchange_precision,
+        "hierarchical": hierarchical,
+    }
+    if room.bags is not None:
+        return ExchangedBags(**shared, room=replace(room.bags, sigmas=room.sigmas))
     return ExchangedEmbedding(
-        plan=plan,
-        comm=comm,
-        topology=topology,
-        device=device,
-        optimizer=config.table_optimizer,
-        table_dtype=DTYPES[config.table_precision],
-        seed=config.seed,
-        first=first,
-        deterministic=sorts_first(config),
-        exchange_precision=config.embedding.exchange_precision,
-        shares=room.shares,
-        sigmas=room.sigmas,
-        hierarchical=hierarchical,
-        distinct=room.distinct,
-        listed=fused,
+        **shared, shares=room.shares, sigmas=room.sigmas, distinct=room.distinct, listed=fused,
         sends=fused and not scales_dynamically(config),  # which looks at all gradients before they travel
-    )
+    )  # fmt: skip
 
 
 def build_stages(
@@ -304,8 +306,6 @@ def join_captured(
         DeviceError: the tables do not fit.
     """
     carrier = make_carrier(config, comm, topology, device)
-    if comm.size > 1:
-        check_records(dataset)
     plan = agree_captured_plan(
         config, dataset, comm=comm, topology=nodes, device=device, carrier=carrier.comm, carrier_name=carrier.name,
         sharing=carrier.sharing, local_ranks=local_ranks or topology.local_size, saved=saved,
@@ -336,21 +336,3 @@ def join_captured(
         "release": carrier.close,
         "layout": dataset.layout,
     }
-
-
-def check_records(dataset: Dataset) -> None:
-    """Refuse rows that several GPUs do not exchange.
-
-    Raises:
-        ConfigError: a bag may hold more or less than one key, or keys have weights.
-    """
-    if dataset.layout is not None:
-        return
-    several = next((table for table in dataset.tables if table.hotness != 1), None)
-    what = "bags of several lengths, weights or missing keys"
-    if several is not None:
-        what = f"a table, '{several.name}', of hotness {several.hotness}"
-    raise ConfigError(
-        f"data set {dataset.path}: it has {what}, but several GPUs exchange one key a bag; use one GPU, or set "
-        "device: cpu"
-    )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, TypedDict
 
+from embedding.captured_bags import ExchangedBags
 from pipeline.dataset import Split
 from pipeline.device_feed import DeviceBatch, Origin, load_resident, make_origin, need_resident, open_feed
 from pipeline.loader import LoadedBatch, Loader
@@ -119,6 +120,8 @@ def _batches(
         block=data.shuffle_block if shuffle else 1,
         prefetch=data.prefetch,
         readers=data.readers,
+        # Where every rank makes lists of what travels, from all ranks' keys.
+        global_keys=isinstance(engine.embedding, ExchangedBags),
         **order,
     ) as loader:
         yield iter(loader)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dlrm.config import RunConfig
 from dlrm.device import Device
 from dlrm.errors import ConfigError
+from embedding.bag_room import BagRoom, BagSample
 from embedding.captured_placement import SIGMAS, check_placements, node_rows, owner_shares
 from embedding.comm import Comm
 from embedding.device_links import probe_device
@@ -124,27 +125,30 @@ class ListRoom:
         shares: [T, W], see ``owner_shares``.
         distinct: see ``node_rows``; ``None``: no nodes to exchange by, or not known.
         sigmas: standard deviations above what is expected.
+        bags: the same of rows that have bags; ``None``: every bag holds one key, and batches come as records.
     """
 
     shares: NDArray[np.float64]
     distinct: Sequence[int] | None
     sigmas: float = SIGMAS
+    bags: BagRoom | None = None
 
 
 def measure_lists(config: RunConfig, dataset: Dataset, plan: Plan, topology: Topology) -> ListRoom:
     """Look at the first rows in training order, as many as the larger of a training and an evaluation batch has."""
     wanted = max(config.data.batch_size, config.eval.batch_size)
-    keys = _first_keys(config, dataset, -(-wanted // config.data.batch_size))
-    distinct = None
-    if plan.all_to_all == "hierarchical" and keys.shape[1] >= wanted:
+    batches, tables = min(-(-wanted // config.data.batch_size), _MOST_BATCHES), len(dataset.tables)
+    nodes = None
+    if plan.all_to_all == "hierarchical":
         nodes = [topology.ranks_of(node) for node in range(topology.num_nodes)]
+    with first_batches(config, dataset, batches) as loader:
+        parts = [batch.host.keys for batch in loader]
+    if dataset.layout is None:
+        bags = BagRoom.measure(plan, BagSample.join(parts, tables), wanted, nodes)
+        return ListRoom(np.empty((tables, 0)), bags.distinct, bags=bags)
+    own = [part.keys.reshape(tables, -1).astype(np.int64) for part in parts]
+    keys = np.concatenate([*own, np.empty((tables, 0), np.int64)], axis=1)
+    distinct = None
+    if nodes is not None and keys.shape[1] >= wanted:
         distinct = node_rows(plan, keys[:, :wanted], nodes)
     return ListRoom(owner_shares(plan, list(keys)), distinct)
-
-
-def _first_keys(config: RunConfig, dataset: Dataset, batches: int) -> NDArray[np.int64]:
-    """Keys [T, n] of the first whole batches, of one key a bag."""
-    tables = len(dataset.tables)
-    with first_batches(config, dataset, min(batches, _MOST_BATCHES)) as loader:
-        parts = [batch.host.keys.keys.reshape(tables, -1).astype(np.int64) for batch in loader]
-    return np.concatenate([*parts, np.empty((tables, 0), np.int64)], axis=1)

@@ -24,6 +24,7 @@ from dlrm.model import DenseModel
 from dlrm.optim import DenseOptimizer
 from dlrm.optim import constants as dense_constants
 from dlrm.scalars import NOT_FINITE, SIZE, SKIPPED_STEPS, write_guard, write_scalars
+from embedding.captured_bags import ExchangedBags
 from embedding.captured_exchange import ExchangedEmbedding
 from embedding.comm import Comm
 from embedding.sparse_optim import constants as sparse_constants
@@ -132,7 +133,7 @@ class CudaStages(Stages):
             table_lr=tables.lr, rates=rates,
         )  # fmt: skip
         self._tables_of_rank, self._captures = embedding, captures
-        self._exchanged = embedding if isinstance(embedding, ExchangedEmbedding) else None
+        self._exchanged = embedding if isinstance(embedding, ExchangedEmbedding | ExchangedBags) else None
         self._overflows = 0
         self._dense, self._tables, self._seed = dense, tables, seed
         self._layout, self.fused, self._fused_train = layout, fused_eval, fused_train
@@ -151,7 +152,7 @@ class CudaStages(Stages):
             outcome=device.zeros(2, np.float64),
             partials=device.empty(partials_of(capacity), np.float64),
             fused=self._fused_train if training else self.fused,
-            beside=training and self._exchanged is not None and not self._fused_train,
+            beside=training and isinstance(self._exchanged, ExchangedEmbedding) and not self._fused_train,
         )
         if self._layout is not None:
             staging.records = device.empty((batch_rows, self._layout.words), np.uint32)
@@ -254,7 +255,11 @@ class CudaStages(Stages):
         device.upload(host.labels.astype(np.float32), flight.labels[:rows])
         device.assign(host.dense, flight.dense[:rows, : host.dense.shape[1]])
         keys = host.keys
-        self._tables_of_rank.take_bags(keys.keys, keys.offsets, keys.weights, flight.embedding)
+        if isinstance(self._exchanged, ExchangedBags):
+            assert batch.global_keys is not None
+            self._exchanged.take_bags(keys, batch.global_keys, flight.embedding)
+        else:
+            self._tables_of_rank.take_bags(keys.keys, keys.offsets, keys.weights, flight.embedding)
 
     def input_dist(self, flight: Flight) -> None:
         """Bring the batch's keys where they are needed, and into order."""
@@ -262,7 +267,7 @@ class CudaStages(Stages):
 
     def lookup(self, flight: Flight) -> None:
         """Gather and pool; nothing where the interaction does it. In training on several GPUs what travels alone."""
-        if self._exchanged is not None:
+        if isinstance(self._exchanged, ExchangedEmbedding):
             self._exchanged.lookup(flight.embedding, local=not flight.staging.beside)
         elif not flight.staging.fused:
             self.embedding.lookup(flight.embedding)
@@ -270,7 +275,7 @@ class CudaStages(Stages):
     def bottom_forward(self, flight: Flight) -> None:
         """Bottom MLP; on several GPUs also the rows that lie here, where nobody else looks them up in training."""
         super().bottom_forward(flight)
-        if flight.staging.beside and self._exchanged is not None:
+        if flight.staging.beside and isinstance(self._exchanged, ExchangedEmbedding):
             self._exchanged.lookup_local(flight.embedding)
 
     def top_forward(self, flight: Flight) -> None:

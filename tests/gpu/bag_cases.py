@@ -32,7 +32,10 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 def write_bags(folder: Path, seed: int, *, weighted: bool = False, bags: bool = True) -> Path:
     """A set whose bags hold any number of keys up to the hotness; without ``bags`` all are full."""
     rng = np.random.default_rng(seed)
-    tables = [TableInfo(name=name, rows=rows, hotness=hotness) for name, (rows, hotness) in TABLES.items()]
+    tables = [
+        TableInfo(name=name, rows=rows, hotness=hotness, frequency_ordered=True)
+        for name, (rows, hotness) in TABLES.items()
+    ]
     with DatasetWriter(folder, name="bags", dense_names=["age", "price"], tables=tables, weighted=weighted) as writer:
         for split, count in ROWS.items():
             columns = []

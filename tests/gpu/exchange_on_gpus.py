@@ -17,6 +17,7 @@ from pipeline.threads import launched_ranks, settle_threads
 settle_threads()
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ranks"))
 
+import bag_exchange_cases as bc  # noqa: E402
 import comm_cases  # noqa: E402
 import exchange_cases as xc  # noqa: E402
 import numpy as np  # noqa: E402
@@ -128,6 +129,9 @@ def main() -> None:
         outcome = xc.train(case, comm, device, host)
         xc.check(case, outcome, xc.run_alone(case), comm.rank, comm.size)
         assert (outcome.overflows > 0) == (case.short < 1)
+    for bags in bc.CASES:
+        if host.size % bags.nodes == 0:
+            xc.check(bags, bc.train(bags, comm, device, host), bc.run_alone(bags), comm.rank, comm.size)
     if carrier == "nccl":
         for number, kind in enumerate(("sgd", "adam")):
             case = replace(xc.CASES[0], seed=100 + number, kind=kind, dim=128, batches=(480,) * 8)

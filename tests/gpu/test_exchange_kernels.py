@@ -68,6 +68,7 @@ def test_lists(machine: Any, ranks: int, global_rows: int, room: float, listed: 
     sizes = [1, 900, 40, 30_000]
     layout = some_layout(rng, ranks, sizes, bool(rng.integers(2)))
     keys = np.stack([(size * rng.random(global_rows) ** 2) for size in sizes]).astype(rng.choice(["int32", "int64"]))
+    keys[rng.random(keys.shape) < rng.choice([0, 0.1])] = -1  # none
     rows = share_of(global_rows, ranks, 0)
     counting = PairLists.create(HOST, layout, rows, [0] * ranks, own=False)
     count_pairs(keys.reshape(-1), global_rows, layout, counting)

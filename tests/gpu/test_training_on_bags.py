@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import rank_threads
 from bag_cases import EMBEDDING, OPTIMIZERS, write_bags
-from run_cases import emulate, losses, run, values
+from run_cases import emulate, losses, records, run, values
 
 from dlrm.errors import DataError
+from pipeline import engine_cuda
 
 STEPS = 7
 """Of 64 rows, so that the last batch of the pass has 16."""
@@ -24,13 +27,13 @@ def on_gpu(machine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return machine
 
 
-def run_on(device: str, directory: Path, machine: Any, data: Path, **changes: Any) -> Any:
+def run_on(device: str, directory: Path, machine: Any, data: Path, ranks: int = 1, **changes: Any) -> Any:
     made = values(
         directory, device, machine, data={"path": str(data), "batch_size": 64},
         train={"max_steps": STEPS, "progress_every": 1}, optimizer={"kind": "sgd", "lr": 0.1}, **changes,
     )  # fmt: skip
     made["eval"] = {"batch_size": 100, "final_split": None}
-    return run(made)
+    return run(made, lambda work: rank_threads.run_ranks(ranks, work)[0])
 
 
 FORMS = {"momentum": "weighted", "adam": "weighted", "sgd, one key a feature": "full"}
@@ -59,3 +62,44 @@ def test_a_bag_that_is_not_full_is_no_row_of_features(on_gpu: Any, seed: int, tm
             )  # fmt: skip
         found.append(str(error.value))
     assert found[0] == found[1]
+
+
+PLACED: dict[str, Any] = {
+    "placement": "table_wise",
+    "tables": {
+        "user": {"placement": "row_wise"},
+        "genres": {"pooling": "mean"},
+        "items": {"placement": "hybrid", "threshold": 9},
+        "last": {"pooling": "concat", "placement": "hybrid", "threshold": 4},
+    },
+}
+ON_RANKS: dict[str, tuple[int, dict[str, Any]]] = {
+    "sgd, weighted": (2, {}),
+    "adam": (3, {"optimizer": OPTIMIZERS["adam"], "deterministic": True}),
+    "by node, lists that run over": (4, {"nodes": 2, "all_to_all": "hierarchical"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # what was not fetched is any number
+@pytest.mark.parametrize("name", ON_RANKS)
+def test_ranks_train_on_bags_as_one_cpu(
+    on_gpu: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not on_gpu.emulated:
+        pytest.skip("ranks that are threads exchange arrays of the host; test_several_gpus.py has ranks with GPUs")
+    ranks, options = ON_RANKS[name]
+    if "run over" in name:
+        measure = engine_cuda.measure_lists
+        monkeypatch.setattr(engine_cuda, "measure_lists", lambda *rest: replace(measure(*rest), sigmas=-10.0))
+    changes = {"optimizer": options["optimizer"]} if "optimizer" in options else {}
+    exchange = {field: value for field, value in options.items() if field in ("nodes", "all_to_all")}
+    data = write_bags(tmp_path / "data", SEED, weighted="weighted" in name)
+    one = run_on("cpu", tmp_path / "cpu", on_gpu, data, embedding=EMBEDDING | changes)
+    several = run_on(
+        "cuda", tmp_path / "gpus", on_gpu, data, ranks, embedding=PLACED | changes | exchange,
+        deterministic=options.get("deterministic", False),
+    )  # fmt: skip
+    np.testing.assert_allclose(losses(tmp_path / "gpus"), losses(tmp_path / "cpu"), rtol=1e-4)
+    for metric in ("auc", "log_loss"):
+        assert several.report[metric] == pytest.approx(one.report[metric], rel=1e-3), metric
+    assert (records(tmp_path / "gpus", "step")[-1]["overflows"] > 0) == ("run over" in name)

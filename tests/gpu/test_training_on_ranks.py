@@ -18,12 +18,10 @@ from dlrm.scalars import SKIPPED_STEPS
 from embedding.captured_exchange import ExchangedEmbedding
 from pipeline import engine_cuda
 from pipeline.flight import Flight
-from pipeline.manifest import TableInfo
 from pipeline.schedule import EVAL_OVERLAPPED, TRAIN_EXCHANGED, TRAIN_OVERLAPPED
 from pipeline.stages import S
 from pipeline.stages_cuda import CudaStages
 from pipeline.trainer import TrainResult
-from pipeline.writer import DatasetWriter
 
 STEPS = 6
 DATA = "synthetic:criteo-terabyte?rows=16000&scale=20000"
@@ -225,16 +223,6 @@ def test_what_several_gpus_do_not_do_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         run_on(2, tmp_path, emulated, **changes)
-
-
-def test_bags_on_several_gpus_are_refused(emulated: Any, tmp_path: Path) -> None:
-    tables = [TableInfo(name=f"C{number}", rows=50, hotness=2) for number in (1, 10, 20)]
-    with DatasetWriter(tmp_path / "data", name="bags", dense_names=["age"], tables=tables) as writer:
-        for split in ("train", "validation"):
-            writer.write(split, np.zeros(9, np.int32), np.zeros((9, 1), np.float32), np.zeros((9, 6), np.int64))
-        writer.finish()
-    with pytest.raises(ConfigError, match=r"'C1', of hotness 2.* one key a bag; use one GPU, or set device: cpu"):
-        run_on(2, tmp_path / "run", emulated, data={"path": str(tmp_path / "data"), "batch_size": 4})
 
 
 def test_a_batch_that_fills_some_ranks_shares_alone_is_not_whole() -> None:

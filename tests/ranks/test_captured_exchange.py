@@ -109,15 +109,14 @@ def test_ranks_train_as_one_over_mpi(ranks: int, mpirun: Callable[..., subproces
 
 
 @pytest.mark.parametrize(
-    ("placement", "hotness", "message"),
+    ("placement", "message"),
     [
-        (Placement(kind="column_wise", owners=(0,)), 1, "column_wise runs on CPUs alone"),
-        (Placement(kind="hybrid", threshold=2, listed=True), 1, "list of frequent rows runs on CPUs alone"),
-        (Placement(kind="row_wise"), 3, "hotness 3"),
+        (Placement(kind="column_wise", owners=(0,)), "column_wise runs on CPUs alone"),
+        (Placement(kind="hybrid", threshold=2, listed=True), "list of frequent rows runs on CPUs alone"),
     ],
 )
-def test_what_it_does_not_do_is_refused(placement: Placement, hotness: float, message: str) -> None:
-    specs = (TableSpec(name="c7", rows=9, dim=4, hotness=hotness),)
+def test_what_it_does_not_do_is_refused(placement: Placement, message: str) -> None:
+    specs = (TableSpec(name="c7", rows=9, dim=4),)
     with pytest.raises(ConfigError, match=f"table 'c7': .*{message}"):
         ExchangedEmbedding(
             plan=Plan(specs=specs, placements=(placement,), ranks=1), comm=SingleComm(), topology=None,

@@ -1,0 +1,136 @@
+"""How much room bags of keys need over several GPUs, from some rows of the data.
+
+Shapes: T tables, W ranks, N rows looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dlrm.device import Array
+from embedding.captured_placement import SIGMAS, most_distinct
+from embedding.jagged import Jagged
+from embedding.placement import Plan
+from embedding.topology import start_of
+
+
+@dataclass(slots=True)
+class BagSample:
+    """Bags of some rows.
+
+    Attributes:
+        keys: of each table, those of all rows.
+        lengths: of each table [N], keys of a row.
+    """
+
+    keys: list[Array]
+    lengths: list[Array]
+
+    @classmethod
+    def join(cls, batches: Sequence[Jagged], num_tables: int) -> BagSample:
+        """The rows of whole batches, one after the other."""
+        keys: list[list[Array]] = [[] for _ in range(num_tables)]
+        lengths: list[list[Array]] = [[] for _ in range(num_tables)]
+        for batch in batches:
+            ends = offsets_of(batch)
+            for table in range(num_tables):
+                own = ends[table * batch.num_rows : (table + 1) * batch.num_rows + 1]
+                keys[table].append(batch.keys[own[0] : own[-1]])
+                lengths[table].append(np.diff(own))
+        nothing = np.empty(0, np.int64)
+        return cls([np.concatenate([nothing, *k]) for k in keys], [np.concatenate([nothing, *n]) for n in lengths])
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return len(self.lengths[0])
+
+    def by_node(self, nodes: Sequence[Sequence[int]], ranks: int, rows: int) -> list[list[Array]]:
+        """The keys of each table that each node's ranks have of the first ``rows`` rows, which are a batch."""
+        rank_of = np.searchsorted([start_of(rows, ranks, rank) for rank in range(ranks)], np.arange(rows), "right") - 1
+        parts = []
+        for members in nodes:
+            mine = np.isin(rank_of, members)
+            chosen = [np.repeat(np.pad(mine, (0, self.num_rows - rows)), lengths) for lengths in self.lengths]
+            parts.append([keys[own] for keys, own in zip(self.keys, chosen, strict=True)])
+        return parts
+
+
+def offsets_of(keys: Jagged) -> Array:
+    """[T * B + 1] int64, also of one key a bag."""
+    return np.arange(keys.num_tables * keys.num_rows + 1) if keys.offsets is None else keys.offsets
+
+
+@dataclass(frozen=True, slots=True)
+class BagRoom:
+    """What decides how long lists are where rows have bags, the same on every rank.
+
+    Attributes:
+        features: of each table, how many features of one key a row its keys are spread over.
+        mean: [W] rows of each owner that a row of the batch takes.
+        variance: [W] of that.
+        even: whether a row takes as many keys of every table as it has features, always.
+        distinct: see ``captured_placement.node_rows``; ``None``: no nodes to exchange by, or not known.
+        sigmas: standard deviations above what is expected.
+    """
+
+    features: tuple[int, ...]
+    mean: Array
+    variance: Array
+    even: bool
+    distinct: Sequence[int] | None = None
+    sigmas: float = SIGMAS
+
+    @classmethod
+    def measure(
+        cls, plan: Plan, sample: BagSample, batch: int, nodes: Sequence[Sequence[int]] | None, sigmas: float = SIGMAS
+    ) -> BagRoom:
+        """Look at some rows.
+
+        Args:
+            plan: placements of all tables.
+            sample: the rows.
+            batch: rows of the largest global batch.
+            nodes: the ranks of each node, where rows go by node.
+            sigmas: standard deviations above what is expected.
+        """
+        features, even = [], True
+        for spec, lengths in zip(plan.specs, sample.lengths, strict=True):
+            own = spec.bag_keys or max(1, math.ceil(lengths.mean() if len(lengths) else 1))
+            features.append(own)
+            even = even and bool((lengths == own).all())
+        taken = _rows_taken(plan, sample)
+        distinct = None
+        if nodes is not None and sample.num_rows >= batch:
+            distinct = most_distinct(plan, sample.by_node(nodes, plan.ranks, batch), sigmas)
+        return cls(tuple(features), taken.mean(axis=0), taken.var(axis=0), even, distinct, sigmas)
+
+    def slots(self, rows: int) -> int:
+        """Places of each feature for ``rows`` rows: a quarter more where bags differ."""
+        return rows if self.even else rows + rows // 4 + 1
+
+    def capacities(self, rows: int, factor: float) -> tuple[int, ...]:
+        """How many rows each rank can send to one other in a batch.
+
+        Args:
+            rows: most rows of one rank.
+            factor: how many times as much there is to be.
+        """
+        most = rows * self.mean + self.sigmas * np.sqrt(rows * self.variance)
+        return tuple(max(0, math.ceil(factor * own - 1e-6)) for own in most.tolist())
+
+
+def _rows_taken(plan: Plan, sample: BagSample) -> Array:
+    """[N, W] rows of each owner that each row of the sample takes; at least one row of zeros."""
+    rows, ranks = sample.num_rows, plan.ranks
+    taken = np.zeros((max(1, rows), ranks))
+    for placement, keys, lengths in zip(plan.placements, sample.keys, sample.lengths, strict=True):
+        beyond = np.asarray(keys, np.int64) - placement.threshold
+        owner = np.full(len(beyond), placement.owner) if placement.kind == "table_wise" else beyond % ranks
+        cell = np.repeat(np.arange(rows), lengths) * ranks + owner
+        taken += np.bincount(cell[beyond >= 0], minlength=taken.size).reshape(taken.shape)
+    return taken
