@@ -134,6 +134,7 @@ class CudaStages(Stages):
         )  # fmt: skip
         self._tables_of_rank, self._captures = embedding, captures
         self._exchanged = embedding if isinstance(embedding, ExchangedEmbedding | ExchangedBags) else None
+        self._of_keys = embedding if isinstance(embedding, ExchangedEmbedding) else None  # not of bags
         self._overflows = 0
         self._dense, self._tables, self._seed = dense, tables, seed
         self._layout, self.fused, self._fused_train = layout, fused_eval, fused_train
@@ -152,7 +153,7 @@ class CudaStages(Stages):
             outcome=device.zeros(2, np.float64),
             partials=device.empty(partials_of(capacity), np.float64),
             fused=self._fused_train if training else self.fused,
-            beside=training and isinstance(self._exchanged, ExchangedEmbedding) and not self._fused_train,
+            beside=training and self._of_keys is not None and not self._fused_train,
         )
         if self._layout is not None:
             staging.records = device.empty((batch_rows, self._layout.words), np.uint32)
@@ -267,16 +268,16 @@ class CudaStages(Stages):
 
     def lookup(self, flight: Flight) -> None:
         """Gather and pool; nothing where the interaction does it. In training on several GPUs what travels alone."""
-        if isinstance(self._exchanged, ExchangedEmbedding):
-            self._exchanged.lookup(flight.embedding, local=not flight.staging.beside)
+        if self._of_keys is not None:
+            self._of_keys.lookup(flight.embedding, local=not flight.staging.beside)
         elif not flight.staging.fused:
             self.embedding.lookup(flight.embedding)
 
     def bottom_forward(self, flight: Flight) -> None:
         """Bottom MLP; on several GPUs also the rows that lie here, where nobody else looks them up in training."""
         super().bottom_forward(flight)
-        if flight.staging.beside and isinstance(self._exchanged, ExchangedEmbedding):
-            self._exchanged.lookup_local(flight.embedding)
+        if flight.staging.beside and self._of_keys is not None:
+            self._of_keys.lookup_local(flight.embedding)
 
     def top_forward(self, flight: Flight) -> None:
         """Interaction and top MLP."""
@@ -285,7 +286,7 @@ class CudaStages(Stages):
             return
         work, rows = flight.workspace, flight.rows
         crossed, first, device = work.interaction[:rows], self.model.first, self.device
-        if self._exchanged is None:
+        if self._of_keys is None:
             gather_interaction(*self._rows_of(flight), crossed, first=first, device=device)
         else:
             listed_interaction(*self._listed_rows_of(flight), crossed, first=first, device=device)
@@ -300,18 +301,18 @@ class CudaStages(Stages):
         grad_crossed = self.model.top_mlp_data_backward(work, rows)
         assert work.grad_vectors is not None
         gradients, first, device = (grad_crossed, work.grad_vectors[:rows]), self.model.first, self.device
-        if self._exchanged is None:
+        if self._of_keys is None:
             gather_interaction_backward(*self._rows_of(flight), *gradients, first=first, device=device)
         else:
             own = flight.embedding.route.own_gradients
-            slots = self._exchanged.slots(flight.embedding)
+            slots = self._of_keys.slots(flight.embedding)
             listed_interaction_backward(
                 *self._listed_rows_of(flight), *gradients, slots, own, first=first, device=device
             )
 
     def _listed_rows_of(self, flight: Flight) -> tuple[Array, Array, Array, Array, int]:
         """Bottom output, rows here, rows that have come, and where each is, as the kernels take them."""
-        exchanged = self._exchanged
+        exchanged = self._of_keys
         assert exchanged is not None
         sources = flight.embedding.lists.sources[: len(exchanged.specs) * flight.rows]
         return flight.workspace.vectors[:, 0], exchanged.weight, flight.embedding.route.come, sources, flight.rows
