@@ -21,7 +21,7 @@ import numpy as np
 from dlrm.config import OptimizerConfig
 from dlrm.device import Array, Device
 from dlrm.errors import ConfigError
-from dlrm.scalars import OVERFLOW, SIZE, UNSCALE
+from dlrm.scalars import OVERFLOW, SIZE
 from embedding.batch import check_arrays, check_trains
 from embedding.captured_placement import SIGMAS, longer, pair_capacities, place_tables
 from embedding.captured_sums import CapturedSums
@@ -337,7 +337,7 @@ class ExchangedEmbedding:
         update, lists, placed = buffers.update, buffers.lists, self._placed
         assert update is not None, "forward only"
         rows, layout, store, unit = buffers.num_rows, placed.layout, placed.store, self._unit
-        told = self._told(buffers, guard)
+        told = buffers.told(guard, self.comm.size, self._device)
         if self._adds and rows:
             keys = lists.own[: self._features * rows]
             call(
@@ -394,12 +394,3 @@ class ExchangedEmbedding:
 
     def _flat(self, vectors: Array) -> Array:
         return vectors.reshape(-1, self._dim)
-
-    def _told(self, buffers: ExchangeBuffers, guard: Array) -> Array:
-        scale = buffers.scale(self.comm.size)
-        if scale == 1.0:
-            return guard
-        buffers.guard[...] = guard
-        unscale = buffers.guard[UNSCALE : UNSCALE + 1]
-        self._device.xp.multiply(unscale, np.float32(1.0 / scale), out=unscale)
-        return buffers.guard

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dlrm.device import Array
+from dlrm.device import Array, Device
+from dlrm.scalars import UNSCALE
 from embedding.buffers import BatchBuffers
 from embedding.captured_update import CapturedUpdate
 from embedding.exchange_route import Route
@@ -48,6 +49,16 @@ class ExchangeBuffers(BatchBuffers):
         if self.route.gradients.dtype != np.float16 or self.vectors.dtype == np.float16:
             return 1.0
         return float(1 << ((self.capacity * ranks).bit_length() - 1))
+
+    def told(self, guard: Array, ranks: int, device: Device) -> Array:
+        """What ``update`` is told of the guard: gradients that have travelled are ``scale`` times as large."""
+        scale = self.scale(ranks)
+        if scale == 1.0:
+            return guard
+        self.guard[...] = guard
+        unscale = self.guard[UNSCALE : UNSCALE + 1]
+        device.xp.multiply(unscale, np.float32(1.0 / scale), out=unscale)
+        return self.guard
 
 
 def wire_type(precision: Precision, vectors: Any) -> Any:
