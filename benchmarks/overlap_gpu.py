@@ -67,6 +67,9 @@ STEPS: dict[str, set[S]] = {
 }
 """What is overlapped, one kind after the other; all of ``TRAIN_OVERLAPPED`` besides ``reduce_dense`` in the last."""
 
+AS_RUNS = "as runs of several GPUs do"
+"""Rows travel at the end of the step before."""
+
 
 def build(options: argparse.Namespace, comm: Comm, placement: str, batch: int) -> Engine:
     """The model over its ranks; ``batch`` is one rank's share."""
@@ -163,11 +166,12 @@ def looked_at(engine: Engine, evaluator: Evaluator, batches: int) -> dict[str, A
     return {"stages_ms": clock.take_ms(), "lanes": each}
 
 
-def train_variants(ranks: int) -> Iterator[tuple[str, tuple[Row, ...]]]:
-    """Schedules with one kind of overlap after the other.
+def train_variants(engine: Engine) -> Iterator[tuple[str, tuple[Row, ...]]]:
+    """Schedules with one kind of overlap after the other, and of several ranks that of a run.
 
     Of several ranks none that sends keys and rows from two streams, whose order no two ranks would share.
     """
+    ranks = engine.comm.size
     yield "sequential", TRAIN_SEQUENTIAL
     for name, chosen in list(STEPS.items())[:-1]:
         if ranks > 1 and S.input_dist in chosen:
@@ -175,11 +179,13 @@ def train_variants(ranks: int) -> Iterator[tuple[str, tuple[Row, ...]]]:
         rows = {row.stage: row for row in TRAIN_OVERLAPPED}
         yield name, tuple(rows[stage] if stage in chosen else Row(stage, "main") for stage in S)
     yield list(STEPS)[-1], TRAIN_OVERLAPPED
+    if ranks > 1:
+        yield AS_RUNS, engine.train_schedule.rows
 
 
 def training(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds a step of every variant, each with its stages in milliseconds."""
-    variants = dict(train_variants(engine.comm.size))
+    variants = dict(train_variants(engine))
     feed = TrainingFeed(engine, engine.dataset.split("train"))
     rings = {
         name: [engine.stages.flight(engine.config.data.batch_size, training=True) for _ in range(ring_size(rows))]
@@ -324,7 +330,7 @@ def show_training(comm: Comm, title: str, values: dict[str, Any]) -> None:
         return
     print(f"training, {title}:")
     base = values["sequential"]["step_s"]
-    for name in ("sequential", *STEPS):
+    for name in ("sequential", *STEPS, AS_RUNS):
         if name not in values:
             continue
         own = values[name]
@@ -343,7 +349,7 @@ def show_shares(comm: Comm, results: dict[str, Any], title: str, values: dict[st
     found = results[f"evaluation, {title}"]
     forms = [found[name] for name in ("fused", "overlapped", "sequential") if name in found]
     forward = min(form["forward_s"] for form in forms)
-    step = min(values[name]["step_s"] for name in ("sequential", *STEPS) if name in values)
+    step = min(values[name]["step_s"] for name in ("sequential", *STEPS, AS_RUNS) if name in values)
     rate, training_rate = found["rows"] / forward, values["batch"] / step
     between = 0.05 * FULL_TRAINING_ROWS / training_rate
     whole = FULL_ROWS / rate
