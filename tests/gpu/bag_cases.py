@@ -19,6 +19,15 @@ EMBEDDING: dict[str, Any] = {
         "last": {"pooling": "concat"},
     }
 }
+PLACED_BAGS: dict[str, Any] = {
+    "placement": "table_wise",
+    "tables": {
+        "user": {"placement": "row_wise"},
+        "genres": {"pooling": "mean"},
+        "items": {"placement": "hybrid", "threshold": 9},
+        "last": {"pooling": "concat", "placement": "hybrid", "threshold": 4},
+    },
+}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"kind": "sgd", "lr": 0.1},
     "momentum": {"kind": "momentum", "lr": 0.03},

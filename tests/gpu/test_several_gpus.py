@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from bag_cases import EMBEDDING, PLACED_BAGS, write_bags
 from run_cases import losses, records
 
 from service.launchers.mpi import engine_command, engine_environment, find_mpirun
@@ -122,6 +123,19 @@ def test_two_gpus_train_as_one(name: str, alone: tuple[np.ndarray, dict[str, Any
     assert report["auc"] == pytest.approx(alone[1]["auc"], abs=1e-3)
     assert records(directory, "start")[0]["carrier"] == carrier
     assert (records(directory, "step")[-1]["overflows"] > 0) == (sigmas is not None)
+
+
+@pytest.mark.parametrize("carrier", ["nccl", "staged"])
+def test_two_gpus_train_on_bags_as_one(carrier: str, tmp_path: Path) -> None:
+    """Weighted bags, pooled and as features of their own, of tables placed in every way."""
+    need_gpus(2 if carrier == "nccl" else 1)
+    data = {"path": str(write_bags(tmp_path / "data", 29, weighted=True)), "batch_size": 64}
+    common = {"data": data, "optimizer": {"lr": 0.1}, "train": {"max_steps": 7}, "eval": {"batch_size": 100}}
+    one = train(config_of(tmp_path / "one", embedding=EMBEDDING, **common), 1)
+    two = train(config_of(tmp_path / "two", embedding=PLACED_BAGS, cuda={"carrier": carrier}, **common), 2)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    assert two["log_loss"] == pytest.approx(one["log_loss"], rel=1e-3)
+    assert records(tmp_path / "two", "start")[0]["carrier"] == carrier
 
 
 def test_more_ranks_than_gpus_share_them(alone: tuple[np.ndarray, dict[str, Any]], tmp_path: Path) -> None:

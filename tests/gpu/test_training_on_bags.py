@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rank_threads
-from bag_cases import EMBEDDING, OPTIMIZERS, write_bags
+from bag_cases import EMBEDDING, OPTIMIZERS, PLACED_BAGS, write_bags
 from run_cases import emulate, losses, records, run, values
 
 from dlrm.errors import DataError
@@ -64,15 +64,6 @@ def test_a_bag_that_is_not_full_is_no_row_of_features(on_gpu: Any, seed: int, tm
     assert found[0] == found[1]
 
 
-PLACED: dict[str, Any] = {
-    "placement": "table_wise",
-    "tables": {
-        "user": {"placement": "row_wise"},
-        "genres": {"pooling": "mean"},
-        "items": {"placement": "hybrid", "threshold": 9},
-        "last": {"pooling": "concat", "placement": "hybrid", "threshold": 4},
-    },
-}
 ON_RANKS: dict[str, tuple[int, dict[str, Any]]] = {
     "sgd, weighted": (2, {}),
     "adam": (3, {"optimizer": OPTIMIZERS["adam"], "deterministic": True}),
@@ -96,7 +87,7 @@ def test_ranks_train_on_bags_as_one_cpu(
     data = write_bags(tmp_path / "data", SEED, weighted="weighted" in name)
     one = run_on("cpu", tmp_path / "cpu", on_gpu, data, embedding=EMBEDDING | changes)
     several = run_on(
-        "cuda", tmp_path / "gpus", on_gpu, data, ranks, embedding=PLACED | changes | exchange,
+        "cuda", tmp_path / "gpus", on_gpu, data, ranks, embedding=PLACED_BAGS | changes | exchange,
         deterministic=options.get("deterministic", False),
     )  # fmt: skip
     np.testing.assert_allclose(losses(tmp_path / "gpus"), losses(tmp_path / "cpu"), rtol=1e-4)
