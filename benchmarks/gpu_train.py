@@ -117,10 +117,11 @@ def own_jobs(options: argparse.Namespace, runs: OwnRuns) -> Iterator[Job]:
             return {"path": str(runs.raw_files()), "readers": options.readers, "prefetch": 8, **how}
 
         yield job("raw", form, largest, law, files)
-    yield job(
-        "full", "crosslane, all rows, fp16 tables", largest, law, made(law, cap=False),
-        embedding={"table_precision": "fp16"},
-    )  # fmt: skip
+    for kept in options.full_tables:
+        yield job(
+            "full", f"crosslane, all rows, {kept} tables", largest, law, made(law, cap=False),
+            embedding={"table_precision": kept},
+        )  # fmt: skip
     for batch in options.batches:
         yield job("ranks", f"crosslane, {options.ranks} GPUs", batch, law, made(law), ranks=options.ranks)
 
@@ -264,6 +265,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[65536, 6912], help="rows of one GPU's share")
     parser.add_argument("--exponents", type=float, nargs="+", default=[1.1, 0.0], help="0: uniform keys")
     parser.add_argument("--precision", choices=["fp16", "fp32"], default="fp16")
+    parser.add_argument(
+        "--full-tables", nargs="+", choices=["fp16", "bf16", "fp32"], default=["fp16"],
+        help="of the section 'full': in float32 they take 96 GB",
+    )  # fmt: skip
     parser.add_argument("--like", choices=list(SHAPES), default="criteo-terabyte")
     parser.add_argument("--cap", type=int, default=4_000_000, help="most rows of a table")
     parser.add_argument("--rows", type=int, default=80_000_000, help="synthetic rows, 90 %% of them for training")
