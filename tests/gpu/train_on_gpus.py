@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # mpi4py's runner puts this folder first, not the checkout
 
-from pipeline.threads import settle_threads  # noqa: E402
+from pipeline.threads import settle_threads
 
 settle_threads()
 
