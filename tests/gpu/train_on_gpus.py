@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # mpi4py's runner puts this folder first, not the checkout
 
 from pipeline.threads import settle_threads
 
