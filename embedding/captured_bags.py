@@ -11,6 +11,7 @@ features, S places of each feature of a rank, K keys of this rank, D columns.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -92,6 +93,7 @@ class ExchangedBags:
         room: BagRoom,
         exchange_precision: Precision = "fp32",
         hierarchical: bool = False,
+        lists: Mapping[str, Array] | None = None,
     ) -> None:
         """Allocate and initialise what this rank holds; ``room`` says how long lists are, the rest is as there.
 
@@ -103,7 +105,7 @@ class ExchangedBags:
         self._exchange = ExchangedEmbedding(
             plan=plan, comm=comm, topology=topology, device=device, optimizer=optimizer, table_dtype=table_dtype,
             seed=seed, first=0, deterministic=deterministic, exchange_precision=exchange_precision,
-            hierarchical=hierarchical, distinct=room.distinct, features=self._features,
+            hierarchical=hierarchical, distinct=room.distinct, features=self._features, lists=lists,
         )  # fmt: skip
         self.specs, self.plan, self.comm, self.topology, self.first = plan.specs, plan, comm, topology, first
         self._device, self._room, self._dim = device, room, plan.specs[0].dim

@@ -13,7 +13,7 @@ H replicated rows, C_o most rows that rank o sends to one other.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ from embedding.captured_update import CapturedUpdate
 from embedding.comm import Comm
 from embedding.exchange_buffers import ExchangeBuffers, wire_type
 from embedding.exchange_route import FlatRoute, Route, call
+from embedding.frequent_rows import place_features
+from embedding.held_tables import HeldTables
 from embedding.node_route import NodeRoute, Nodes
 from embedding.pair_lists import PairLists, count_pairs, list_pairs
 from embedding.placement import Plan
@@ -36,19 +38,14 @@ from embedding.reduce_way import ring_bytes
 from embedding.row_moves import move_rows
 from embedding.runs import UnitUpdate
 from embedding.sparse_optim import mark_touched, sgd_one_hot
-from embedding.store_mirrors import StoreMirrors
-from embedding.table import Shard
 from embedding.topology import Topology, share_of
 from embedding.wire import Precision
 
 
-class ExchangedEmbedding:
+class ExchangedEmbedding(HeldTables):
     """All tables, over the GPUs of a run.
 
     Attributes:
-        specs: the tables, in manifest order.
-        plan: where they lie.
-        comm: the ranks; carries buffers of the device.
         topology: of ``comm``.
         first: place of table 0 in the vectors.
         room: how many times as long lists are made as is expected to be enough.
@@ -74,6 +71,7 @@ class ExchangedEmbedding:
         listed: bool = False,
         sends: bool = False,
         features: Sequence[int] | None = None,
+        lists: Mapping[str, Array] | None = None,
     ) -> None:
         """Allocate and initialise what this rank holds.
 
@@ -99,15 +97,16 @@ class ExchangedEmbedding:
             sends: with ``listed``: gradients of rows that travel, and without sums as they come those of this rank's
                 own rows, are written where ``lists.slots`` says, and not to ``grad_vectors``.
             features: the table of each feature, which has one key a row; ``None``: every table is one.
+            lists: the frequent rows of tables that list them (``HeldTables``).
 
         Raises:
-            ConfigError: the plan is for other ranks, or has placements that GPUs do not do.
+            ConfigError: the plan is for other ranks, has placements that GPUs do not do, or lacks a list.
             DeviceError: there are too many rows.
         """
         if plan.ranks != comm.size:
             raise ConfigError(f"plan: made for {plan.ranks} ranks, but there are {comm.size}; plan again")
-        self.specs, self.plan, self.comm, self.topology, self.first = plan.specs, plan, comm, topology, first
-        self._device, self._optimizer, self._deterministic = device, optimizer, deterministic
+        self.topology, self.first = topology, first
+        self._optimizer, self._deterministic = optimizer, deterministic
         self._precision, self._shares, self._sigmas = exchange_precision, shares, sigmas
         self._dim = plan.specs[0].dim
         self._distinct, self.room = distinct, 1.0
@@ -116,16 +115,15 @@ class ExchangedEmbedding:
         others = [rank for rank in range(comm.size) if rank != comm.rank]
         order = (*others, comm.rank) if self._nodes is None else self._nodes.order
         adds = optimizer.kind == "sgd" and np.dtype(table_dtype) == np.float32 and not deterministic
-        self._placed = place_tables(
+        placed = place_tables(
             plan, rank=comm.rank, first=first, device=device, optimizer=optimizer, dtype=table_dtype, seed=seed,
             own_pads=not adds or hierarchical, frequent_pads=deterministic, order=order,
             features=features,
         )  # fmt: skip
-        self._adds, self._features = adds, len(self._placed.layout.place)
-        self._sums = CapturedSums(self._placed, device, comm, optimizer.kind, ordered=deterministic)
+        super().__init__(plan, placed, lists or {}, comm, device)
+        self._adds, self._features = adds, len(placed.features)
+        self._sums = CapturedSums(placed, device, comm, optimizer.kind, ordered=deterministic)
         self._unit = UnitUpdate.create(device)
-        self._touched: Array | None = None
-        self._mirrors = StoreMirrors(device, self._placed.shards())
 
     @property
     def weight(self) -> Array:
@@ -135,44 +133,6 @@ class ExchangedEmbedding:
     def slots(self, buffers: ExchangeBuffers) -> Array | None:
         """``lists.slots`` of a batch, if gradients are to be written there."""
         return buffers.lists.slots[: len(self.specs) * buffers.num_rows] if self._sends else None
-
-    # --- what checkpoints ask for
-
-    def shards(self) -> list[Shard]:
-        """What this rank holds as arrays of the host, in manifest order; of one table, replicated rows first.
-
-        Call ``settle`` before reading and ``spread`` after writing them; ``touched`` is that of the moment.
-        """
-        return self._in_order(self._mirrors.all(self._touched))
-
-    def resident(self) -> list[Shard]:
-        """As ``shards``, but where the rows lie, and up to date; call ``spread_resident`` after writing them."""
-        return self._in_order(self._mirrors.resident(self._touched))
-
-    def _in_order(self, shards: list[Shard]) -> list[Shard]:
-        order = {spec.name: place for place, spec in enumerate(self.specs)}
-        return sorted(shards, key=lambda shard: order[shard.table])
-
-    def settle(self) -> None:
-        """Bring the arrays of ``shards`` up to date."""
-        self._mirrors.settle()
-
-    def spread(self) -> None:
-        """Take over what was written into the arrays of ``shards``."""
-        self._mirrors.spread()
-
-    def spread_resident(self) -> None:
-        """Nothing: the arrays of ``resident`` are the rows."""
-
-    def track_touched(self) -> None:
-        """Note from now on which rows are updated; before anything is captured."""
-        if self._touched is None:
-            self._touched = self._device.zeros(len(self._placed.store.weight), np.bool_)
-
-    def clear_touched(self) -> None:
-        """Forget which rows were updated."""
-        if self._touched is not None:
-            self._touched.fill(0)
 
     def buffers(
         self,
@@ -215,7 +175,7 @@ class ExchangedEmbedding:
             rows: B.
             global_rows: G.
         """
-        call(self._device, count_pairs, buffers.keys, global_rows, self._placed.layout, buffers.lists)
+        call(self._device, count_pairs, buffers.named, global_rows, self._placed.layout, buffers.lists)
         capacities = self._device.to_host(buffers.lists.totals).max(axis=1).tolist()
         same = buffers.capacity, buffers.vectors, buffers.grad_vectors, buffers.keys
         made = self._make(*same, tuple(capacities), None)
@@ -249,6 +209,8 @@ class ExchangedEmbedding:
             capacity=capacity, vectors=vectors, grad_vectors=grad_vectors, keys=keys, lists=lists,
             route=self._route(lists, wire_type(self._precision, vectors.dtype), distinct, trains=trains),
         )  # fmt: skip
+        if self._with_lists:
+            buffers.places = device.zeros(len(keys), np.int64 if self._frequent.wide else np.int32)
         if not trains:
             return buffers
         buffers.guard = device.zeros(SIZE, np.float32)
@@ -286,8 +248,10 @@ class ExchangedEmbedding:
         lists, layout = buffers.lists, self._placed.layout
         lists.touched.fill(0)
         lists.relay.fill(layout.relay_pad)
-        call(self._device, count_pairs, buffers.keys, global_rows, layout, lists)
-        call(self._device, list_pairs, buffers.keys, global_rows, layout, lists)
+        if self._with_lists:
+            call(self._device, place_features, buffers.keys, global_rows, self._frequent, buffers.places)
+        call(self._device, count_pairs, buffers.named, global_rows, layout, lists)
+        call(self._device, list_pairs, buffers.named, global_rows, layout, lists)
         if buffers.update is None:
             return
         route, unit = buffers.route, self._unit

@@ -42,12 +42,18 @@ class CapturedPlacement:
         flat: the same, of which keys name rows by their numbers in the store.
         layout: what says where a key's row lies.
         frequent: H, replicated rows.
+        frequent_start: [T] int64 of the host, store row of each table's first replicated row.
+        own_start: [T] int64 of the host, store row of this rank's first own row of each table.
+        features: [V] the table of each feature.
     """
 
     store: ShardStore
     flat: ShardStore
     layout: PairLayout
     frequent: int
+    frequent_start: Array
+    own_start: Array
+    features: Array
 
     def shards(self) -> list[Shard]:
         """The store's shards of the device; those without rows and the padding are left out."""
@@ -58,18 +64,15 @@ def check_placements(specs: Sequence[TableSpec], placements: Sequence[Placement]
     """Refuse what captured steps do not do.
 
     Raises:
-        ConfigError: a table is cut by columns or lists its frequent rows, or dims differ.
+        ConfigError: a table is cut by columns, or dims differ.
     """
     if len({spec.dim for spec in specs}) > 1:
         raise ConfigError(f"tables: dims {sorted({spec.dim for spec in specs})} differ; give all tables one dim")
     for spec, placement in zip(specs, placements, strict=True):
-        wrong = None
         if placement.kind == "column_wise":
-            wrong = "placement column_wise runs on CPUs alone; use table_wise, row_wise or hybrid"
-        elif placement.listed:
-            wrong = "a list of frequent rows runs on CPUs alone; prepare the data ordered by frequency"
-        if wrong:
-            raise ConfigError(f"table '{spec.name}': {wrong}")
+            raise ConfigError(
+                f"table '{spec.name}': placement column_wise runs on CPUs alone; use table_wise, row_wise or hybrid"
+            )
 
 
 def place_tables(
@@ -122,6 +125,7 @@ def place_tables(
     parts = [Part(spec, range(size), columns, True) for spec, size in zip(specs, threshold.tolist(), strict=True)]
     parts += [Part(spec, rows, columns) for spec, rows in zip(specs, own, strict=True)]
     parts.append(Part.whole(TableSpec(name=_PADDING, rows=1, dim=dim)))
+    own_start = frequent + np.cumsum(held) - held
     store = create_shards(parts, dim, device=device, optimizer=optimizer, dtype=dtype, seed=seed)
     xp, of = device.xp, np.arange(len(specs)) if features is None else np.array(features, np.int64)
     owner = [placement.owner if placement.kind == "table_wise" else -1 for placement in placements]
@@ -130,7 +134,7 @@ def place_tables(
         threshold=xp.asarray(threshold[of]),
         owner=xp.asarray(np.array(owner, np.int32)[of]),
         frequent_start=xp.asarray(frequent_start[of]),
-        own_start=xp.asarray((frequent + np.cumsum(held) - held)[of]),
+        own_start=xp.asarray(own_start[of]),
         place=xp.asarray(np.arange(first, first + len(of))),
         num_places=first + len(of),
         ranks=ranks,
@@ -145,7 +149,10 @@ def place_tables(
         total_rows=total,
     )
     flat = ShardStore(store.shards, store.weight, store.state, xp.asarray(np.zeros(1, np.int64)))
-    return CapturedPlacement(store=store, flat=flat, layout=layout, frequent=frequent)
+    return CapturedPlacement(
+        store=store, flat=flat, layout=layout, frequent=frequent, frequent_start=frequent_start, own_start=own_start,
+        features=of,
+    )  # fmt: skip
 
 
 def owner_shares(plan: Plan, rows: Sequence[Array], weights: Sequence[Array] | None = None) -> Array:

@@ -28,6 +28,7 @@ class ExchangeBuffers(BatchBuffers):
 
     Attributes:
         keys: [T * G] int32 of the device, table-major; written by whoever uploads the batch.
+        places: [T * G], where tables list their frequent rows: the same as places (``frequent_rows``).
         lists: what travels.
         route: how it travels.
         update: of this rank's own rows; ``None``: forward only.
@@ -43,6 +44,12 @@ class ExchangeBuffers(BatchBuffers):
     order: RowSort | None = None
     guard: Array = None
     exact: bool = False
+    places: Array = None
+
+    @property
+    def named(self) -> Array:
+        """What says where rows lie: the keys, or their places."""
+        return self.keys if self.places is None else self.places
 
     def scale(self, ranks: int) -> float:
         """Factor of gradients on their way: fp16 has too few small numbers for those of fp32 without a loss scale."""

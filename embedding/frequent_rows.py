@@ -116,6 +116,17 @@ class FrequentRows:
             wide=any(rows is not None and spec.rows + len(rows) > 2**31 for spec, rows in pairs),
         )
 
+    def on(self, device: Device, features: Sequence[int]) -> FrequentRows:
+        """The same on a device, for features that each have the keys of one of the tables."""
+        xp, of = device.xp, np.asarray(features, np.int64)
+        return FrequentRows(
+            word_start=xp.asarray(self.word_start[of]),
+            words=xp.asarray(self.words),
+            before=xp.asarray(self.before),
+            threshold=xp.asarray(self.threshold[of]),
+            wide=self.wide,
+        )
+
     def place(self, keys: Jagged, buffers: BatchBuffers, *, device: Device) -> Jagged:
         """Keys as places; tables that are not listed keep theirs.
 
@@ -173,6 +184,35 @@ def place(
         begin = end
 
 
+def place_features(keys: Array, rows: int, frequent: FrequentRows, out: Array) -> None:
+    """Turn keys of captured steps into places, one key a row; a negative key stays what it is.
+
+    Args:
+        keys: [T * B or more] int32 or int64, table-major.
+        rows: B.
+        frequent: of T tables, or features of tables (``FrequentRows.on``).
+        out: as many int32 or int64; written as far as there are keys.
+    """
+    tables = len(frequent.word_start)
+    own, there = keys[: tables * rows], out[: tables * rows]
+    ends = np.arange(1, tables + 1) * rows
+    place(np.maximum(own, 0), ends, frequent.word_start, frequent.words, frequent.before, frequent.threshold, there)
+    there[own < 0] = own[own < 0]
+
+
+def places_of_rows(keys: Array, rows: Array | None) -> Array:
+    """The places of one table's keys on the host.
+
+    Args:
+        keys: [K] int64.
+        rows: its list; ``None``: keys are places.
+    """
+    if rows is None:
+        return keys
+    at = np.minimum(np.searchsorted(rows, keys), len(rows) - 1)
+    return np.where(rows[at] == keys, at, keys + len(rows))
+
+
 @dataclass(frozen=True, slots=True)
 class Homes:
     """The homes of frequent rows that lie on this rank.
@@ -182,15 +222,25 @@ class Homes:
         home: [n] int64, rows of this rank's own arrays.
         start: first replicated row of a listed table's, and
         count: how many it has; [tables that are listed] each.
+        device: where rows lie; ``None``: on the host.
     """
 
     replica: Array
     home: Array
     start: list[int]
     count: list[int]
+    device: Device | None = None
 
     @classmethod
-    def create(cls, lists: Sequence[Array | None], frequent_start: Array, base: Array, ranks: int, rank: int) -> Homes:
+    def create(
+        cls,
+        lists: Sequence[Array | None],
+        frequent_start: Array,
+        base: Array,
+        ranks: int,
+        rank: int,
+        device: Device | None = None,
+    ) -> Homes:
         """Find them.
 
         Args:
@@ -199,6 +249,7 @@ class Homes:
             base: [T] int64, first of this rank's own rows of each table.
             ranks: W.
             rank: this one.
+            device: where rows lie; ``None``: on the host.
         """
         replica, home = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         listed = [table for table, rows in enumerate(lists) if rows is not None]
@@ -210,13 +261,17 @@ class Homes:
             home.append(base[table] + rows[mine] // ranks)
         start = [int(frequent_start[table]) for table in listed]
         count = [len(rows) for rows in lists if rows is not None]
-        return cls(np.concatenate(replica), np.concatenate(home), start, count)
+        return cls(np.concatenate(replica), np.concatenate(home), start, count, device)
+
+    def _index(self, numbers: Array) -> Array:
+        """Numbers of the host as what picks rows where these lie."""
+        return numbers if self.device is None else self.device.xp.asarray(numbers)
 
     def settle(self, replicas: Sequence[Array | None], homes: Sequence[Array | None]) -> None:
         """Give the homes what the replicas hold: weights, states, and marks of what was touched."""
         for source, target in zip(replicas, homes, strict=True):
             if source is not None and target is not None:
-                target[self.home] = source[self.replica]
+                target[self._index(self.home)] = source[self._index(self.replica)]
 
     def spread(self, replicas: Sequence[Array], homes: Sequence[Array], comm: Comm) -> None:
         """Fill every rank's replicas from the homes, bit for bit; collective.
@@ -231,8 +286,9 @@ class Homes:
             for start, count in zip(self.start, self.count, strict=True):
                 for begin in range(start, start + count, most):
                     end = min(begin + most, start + count)
-                    chunk = np.zeros((end - begin, *target.shape[1:]), target.dtype)
+                    shape = (end - begin, *target.shape[1:])
+                    chunk = (np if self.device is None else self.device).zeros(shape, target.dtype)
                     own = slice(*np.searchsorted(replica, [begin, end]).tolist())
-                    chunk[replica[own] - begin] = source[home[own]]
+                    chunk[self._index(replica[own] - begin)] = source[self._index(home[own])]
                     comm.all_reduce(chunk.view(word)).wait()
                     target[begin:end] = chunk

@@ -24,6 +24,7 @@ from embedding.topology import Topology
 from pipeline.checkpoint import Checkpoint
 from pipeline.dataset import Dataset
 from pipeline.devices import DTYPES
+from pipeline.frequency_orders import FrequentLists
 from pipeline.overlap import Schedule, choose
 from pipeline.plan_captured import ListRoom, agree_captured_plan, measure_lists
 from pipeline.schedule import EVAL_SEQUENTIAL
@@ -109,6 +110,7 @@ def build_captured(
     first: int,
     room: Callable[[], ListRoom],
     fused: bool = False,
+    lists: FrequentLists | None = None,
 ) -> CapturedEmbedding | ExchangedEmbedding | ExchangedBags:
     """The tables of this rank.
 
@@ -121,13 +123,14 @@ def build_captured(
         first: place of table 0 in the vectors.
         room: finds out what lists have to hold, where there are several ranks.
         fused: training runs look-up and interaction as one kernel.
+        lists: the frequent rows of tables that list them.
 
     Raises:
         ConfigError: several GPUs do not do what the plan says.
         DeviceError: they do not fit.
     """
     if carrier.comm is not None:
-        return _exchanged(config, plan, carrier.comm, topology, device, first, room(), fused)
+        return _exchanged(config, plan, carrier.comm, topology, device, first, room(), fused, lists)
     return CapturedEmbedding(
         specs=plan.specs,
         device=device,
@@ -157,6 +160,7 @@ def _exchanged(
     first: int,
     room: ListRoom,
     fused: bool,
+    lists: FrequentLists | None,
 ) -> ExchangedEmbedding | ExchangedBags:
     hierarchical = plan.all_to_all == "hierarchical"
     if hierarchical:  # groups that carry arrays of the device
@@ -174,6 +178,7 @@ def _exchanged(
         "deterministic": sorts_first(config),
         "exchange_precision": config.embedding.exchange_precision,
         "hierarchical": hierarchical,
+        "lists": lists,
     }
     if room.bags is not None:
         return ExchangedBags(**shared, room=replace(room.bags, sigmas=room.sigmas))
@@ -306,7 +311,7 @@ def join_captured(
         DeviceError: the tables do not fit.
     """
     carrier = make_carrier(config, comm, topology, device)
-    plan = agree_captured_plan(
+    plan, lists = agree_captured_plan(
         config, dataset, comm=comm, topology=nodes, device=device, carrier=carrier.comm, carrier_name=carrier.name,
         sharing=carrier.sharing, local_ranks=local_ranks or topology.local_size, saved=saved,
     )  # fmt: skip
@@ -315,8 +320,8 @@ def join_captured(
         "fused_train", config.cuda.fused_train, config, model, several=by_node
     )
     embedding = build_captured(
-        config, plan, carrier, nodes, device, model.first, lambda: measure_lists(config, dataset, plan, nodes),
-        fused_train,
+        config, plan, carrier, nodes, device, model.first,
+        lambda: measure_lists(config, dataset, plan, nodes, lists), fused_train, lists,
     )  # fmt: skip
     stages = build_stages(
         config, model=model, embedding=embedding, carrier=carrier, device=device, layout=dataset.layout,
@@ -326,7 +331,7 @@ def join_captured(
     evaluation = choose(config.overlap, "eval", None)
     return {
         "plan": plan,
-        "lists": {},
+        "lists": lists,
         "embedding": embedding,
         "stages": stages,
         "train_schedule": guarded(train if carrier.comm is None else looking_up_beside(train), stages),

@@ -15,6 +15,7 @@ from embedding.bag_room import BagRoom, BagSample
 from embedding.captured_placement import SIGMAS, check_placements, node_rows, owner_shares
 from embedding.comm import Comm
 from embedding.device_links import probe_device
+from embedding.frequent_rows import check_lists, places_of_rows
 from embedding.links import PUBLISHED
 from embedding.placement import Plan
 from embedding.plan import plan_from_values
@@ -22,7 +23,7 @@ from embedding.plan_trial import plans_on_first_rank
 from embedding.topology import Topology
 from pipeline.checkpoint import Checkpoint
 from pipeline.dataset import Dataset
-from pipeline.frequency_orders import FrequencyOrders, may_list
+from pipeline.frequency_orders import FrequencyOrders, FrequentLists, may_list, saved_lists
 from pipeline.plan_agreement import leaves_places, link_rates
 from pipeline.planning import calibrate, first_batches, memory_limit_bytes, plan_several, plan_tables, table_specs
 
@@ -45,8 +46,8 @@ def agree_captured_plan(
     sharing: int,
     local_ranks: int,
     saved: Checkpoint | None = None,
-) -> Plan:
-    """The plan of a run on GPUs (collective); as ``agree_plan``, but nothing is tried.
+) -> tuple[Plan, FrequentLists]:
+    """Plan and lists of a run on GPUs (collective); as ``agree_plan``, but nothing is tried.
 
     Args:
         config: of the run.
@@ -62,10 +63,11 @@ def agree_captured_plan(
 
     Raises:
         ConfigError: something forced cannot be, or no plan fits the memory.
+        CheckpointError: the checkpoint lacks a list of its plan, or it is damaged.
     """
     specs = tuple(table_specs(config, dataset.tables))
     if carrier is None:
-        return plan_tables(config, dataset.tables, ranks=1)
+        return plan_tables(config, dataset.tables, ranks=1), {}
     if config.embedding.deduplicate is True:
         raise ConfigError(
             "embedding.deduplicate: true runs on CPUs alone, as GPUs send every occurrence of a row; set it to auto"
@@ -73,7 +75,7 @@ def agree_captured_plan(
     if saved is not None and "plan" in saved.meta:
         plan = plan_from_values(saved.meta["plan"])
         if (plan.ranks, plan.nodes, plan.specs) == (comm.size, topology.num_nodes, specs) and _is_captured(plan):
-            return plan
+            return plan, saved_lists(saved, plan)
     limit = np.array([_memory_limit(config, device, sharing, local_ranks)], np.int64)
     comm.all_reduce(limit, "min").wait()
     weighed = leaves_places(config, dataset) or (topology.num_nodes > 1 and config.embedding.all_to_all == "auto")
@@ -82,6 +84,8 @@ def agree_captured_plan(
         links = link_rates(
             config, comm, topology, lambda: probe_device(carrier, comm, topology, device), _SUPPOSED, carrier_name
         )
+
+    orders = FrequencyOrders()
 
     def make() -> list[Plan]:
         known = calibrate(config, dataset) if weighed or may_list(config, dataset) else None
@@ -95,11 +99,12 @@ def agree_captured_plan(
             memory_limit=int(limit[0]),
             captured=True,
         )
-        plan = FrequencyOrders().mark(plans[:1], dataset.tables, known)[0]
-        check_placements(plan.specs, plan.placements)
-        return [plan]
+        check_placements(plans[0].specs, plans[0].placements)
+        return orders.mark(plans[:1], dataset.tables, known)
 
-    return plans_on_first_rank(comm, make)[0]
+    plans = plans_on_first_rank(comm, make)
+    orders.share(plans, comm)
+    return plans[0], orders.lists_of(plans[0])
 
 
 def _is_captured(plan: Plan) -> bool:
@@ -134,8 +139,11 @@ class ListRoom:
     bags: BagRoom | None = None
 
 
-def measure_lists(config: RunConfig, dataset: Dataset, plan: Plan, topology: Topology) -> ListRoom:
+def measure_lists(
+    config: RunConfig, dataset: Dataset, plan: Plan, topology: Topology, lists: FrequentLists
+) -> ListRoom:
     """Look at the first rows in training order, as many as the larger of a training and an evaluation batch has."""
+    frequent = check_lists(plan.specs, plan.placements, lists)
     wanted = max(config.data.batch_size, config.eval.batch_size)
     batches, tables = min(-(-wanted // config.data.batch_size), _MOST_BATCHES), len(dataset.tables)
     nodes = None
@@ -144,10 +152,13 @@ def measure_lists(config: RunConfig, dataset: Dataset, plan: Plan, topology: Top
     with first_batches(config, dataset, batches) as loader:
         parts = [batch.host.keys for batch in loader]
     if dataset.layout is None:
-        bags = BagRoom.measure(plan, BagSample.join(parts, tables), wanted, nodes)
+        sample = BagSample.join(parts, tables)
+        sample.keys = [places_of_rows(keys, rows) for keys, rows in zip(sample.keys, frequent, strict=True)]
+        bags = BagRoom.measure(plan, sample, wanted, nodes)
         return ListRoom(np.empty((tables, 0)), bags.distinct, bags=bags)
     own = [part.keys.reshape(tables, -1).astype(np.int64) for part in parts]
     keys = np.concatenate([*own, np.empty((tables, 0), np.int64)], axis=1)
+    keys = np.stack([places_of_rows(row, rows) for row, rows in zip(keys, frequent, strict=True)])
     distinct = None
     if nodes is not None and keys.shape[1] >= wanted:
         distinct = node_rows(plan, keys[:, :wanted], nodes)

@@ -38,11 +38,19 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_bags(folder: Path, seed: int, *, weighted: bool = False, bags: bool = True) -> Path:
-    """A set whose bags hold any number of keys up to the hotness; without ``bags`` all are full."""
+def write_bags(folder: Path, seed: int, *, weighted: bool = False, bags: bool = True, ordered: bool = True) -> Path:
+    """A set whose bags hold any number of keys up to the hotness; without ``bags`` all are full.
+
+    Args:
+        folder: gets it.
+        seed: of its rows.
+        weighted: keys have weights.
+        bags: they differ in length.
+        ordered: whether it says that rows are numbered by frequency.
+    """
     rng = np.random.default_rng(seed)
     tables = [
-        TableInfo(name=name, rows=rows, hotness=hotness, frequency_ordered=True)
+        TableInfo(name=name, rows=rows, hotness=hotness, frequency_ordered=ordered)
         for name, (rows, hotness) in TABLES.items()
     ]
     with DatasetWriter(folder, name="bags", dense_names=["age", "price"], tables=tables, weighted=weighted) as writer:

@@ -23,6 +23,7 @@ CUDA_MODULES = (
     "dlrm.optim_cuda",
     "dlrm.philox_cuda",
     "dlrm.relu_cuda",
+    "embedding.frequent_rows_cuda",
     "embedding.lookup_cuda",
     "embedding.pair_lists_cuda",
     "embedding.row_moves_cuda",

@@ -15,8 +15,17 @@ from dlrm.config import OptimizerConfig
 from dlrm.device import HostDevice
 from dlrm.errors import DeviceError
 from dlrm.scalars import NOT_FINITE, OVERFLOW, SIZE, write_guard, write_scalars
-from embedding import pair_lists_cuda, row_moves_cuda, runs_cuda, sorted_update_cuda, sparse_optim_cuda
+from embedding import (
+    frequent_rows_cuda,
+    pair_lists_cuda,
+    row_moves_cuda,
+    runs_cuda,
+    sorted_update_cuda,
+    sparse_optim_cuda,
+)
+from embedding.frequent_rows import FrequentRows, place_features, places_of_rows
 from embedding.pair_lists import PairLayout, PairLists, count_pairs, list_pairs
+from embedding.placement import TableSpec
 from embedding.row_moves import move_rows
 from embedding.row_sort import RowSort, sort_rows
 from embedding.runs import Runs, UnitUpdate, number_runs, sum_runs
@@ -97,6 +106,29 @@ def test_lists(machine: Any, ranks: int, global_rows: int, room: float, listed: 
         np.testing.assert_array_equal(machine.host(getattr(found, name)), getattr(expected, name), err_msg=name)
     for name in ("frequent", "own", "sources", "slots"):
         np.testing.assert_array_equal(machine.host(getattr(found, name))[:mine], getattr(expected, name)[:mine])
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_places_of_listed_rows(machine: Any, wide: bool, rng: np.random.Generator) -> None:
+    sizes, rows = [1, 900, 64, 30_000], int(rng.choice([1, 300, 1025]))
+    lists = [np.sort(rng.permutation(size)[: -(-size // 3)]) for size in sizes]
+    specs = [TableSpec(name=f"t{size}", rows=size, dim=8) for size in sizes]
+    features = [0, 1, 1, 2, 3]
+    frequent = FrequentRows.create(specs, [lists[0], lists[1], None, lists[3]])
+    keys = np.stack([sizes[table] * rng.random(rows) for table in features]).astype(rng.choice(["int32", "int64"]))
+    keys[rng.random(keys.shape) < 0.1] = -1
+    expected = np.zeros(keys.size, np.int64 if wide else np.int32)
+    place_features(keys.reshape(-1), rows, frequent.on(HOST, features), expected)
+    found = machine.array(np.full(keys.size + 7, 77, expected.dtype))
+    there = on_machine(machine, frequent.on(HOST, features))
+    frequent_rows_cuda.place_features(machine.array(keys.reshape(-1)), rows, there, found)
+    np.testing.assert_array_equal(machine.host(found), [*expected, *[77] * 7])
+    for feature, own in zip(features, keys, strict=True):
+        kept, places = own[own >= 0], places_of_rows(own[own >= 0], None if feature == 2 else lists[feature])
+        at = [lists[feature].tolist().index(k) if k in lists[feature] else k + len(lists[feature]) for k in kept]
+        assert places.tolist() == (kept if feature == 2 else np.array(at)).tolist()
+    mine = expected.reshape(keys.shape)
+    assert mine[keys < 0].tolist() == [-1] * int((keys < 0).sum())
 
 
 @pytest.mark.parametrize(("groups", "size", "short"), [(1, 5, 0), (3, 1100, 0), (2, 700, 9), (7, 64, 0), (1, 1, 1)])

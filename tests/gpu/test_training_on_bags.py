@@ -66,7 +66,7 @@ def test_a_bag_that_is_not_full_is_no_row_of_features(on_gpu: Any, seed: int, tm
 
 ON_RANKS: dict[str, tuple[int, dict[str, Any]]] = {
     "sgd, weighted": (2, {}),
-    "adam": (3, {"optimizer": OPTIMIZERS["adam"], "deterministic": True}),
+    "adam, frequent rows counted": (3, {"optimizer": OPTIMIZERS["adam"], "deterministic": True}),
     "by node, lists that run over": (4, {"nodes": 2, "all_to_all": "hierarchical"}),
 }
 
@@ -84,7 +84,7 @@ def test_ranks_train_on_bags_as_one_cpu(
         monkeypatch.setattr(engine_cuda, "measure_lists", lambda *rest: replace(measure(*rest), sigmas=-10.0))
     changes = {"optimizer": options["optimizer"]} if "optimizer" in options else {}
     exchange = {field: value for field, value in options.items() if field in ("nodes", "all_to_all")}
-    data = write_bags(tmp_path / "data", SEED, weighted="weighted" in name)
+    data = write_bags(tmp_path / "data", SEED, weighted="weighted" in name, ordered="counted" not in name)
     one = run_on("cpu", tmp_path / "cpu", on_gpu, data, embedding=EMBEDDING | changes)
     several = run_on(
         "cuda", tmp_path / "gpus", on_gpu, data, ranks, embedding=PLACED_BAGS | changes | exchange,

@@ -16,7 +16,9 @@ from dlrm.errors import ConfigError
 from dlrm.interaction import listed_interaction_backward
 from dlrm.scalars import SKIPPED_STEPS
 from embedding.captured_exchange import ExchangedEmbedding
-from pipeline import engine_cuda
+from embedding.placement import plan_from_values
+from pipeline import engine, engine_cuda
+from pipeline.checkpoint import open_checkpoint
 from pipeline.flight import Flight
 from pipeline.schedule import EVAL_OVERLAPPED, TRAIN_EXCHANGED, TRAIN_OVERLAPPED
 from pipeline.stages import S
@@ -138,6 +140,34 @@ def test_a_run_goes_on_with_other_ranks(emulated: Any, first: int, second: int, 
     run_on(first, tmp_path / "broken", emulated, train={"max_steps": STEPS // 2}, **adam)
     end = run_on(second, tmp_path / "broken", emulated, **adam)
     check(tmp_path / "broken", end, tmp_path / "whole", whole)
+
+
+def test_frequent_rows_are_found_wherever_they_are_and_kept(
+    emulated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data that is not numbered by frequency: rows are counted and listed, and a run goes on with its lists."""
+    load = engine.load_dataset
+
+    def unordered(path: str) -> Any:
+        dataset = load(path)
+        tables = tuple(replace(table, frequency_ordered=False) for table in dataset.tables)
+        dataset.manifest = replace(dataset.manifest, tables=tables)
+        return dataset
+
+    monkeypatch.setattr(engine, "load_dataset", unordered)
+    adam = {"optimizer": {"kind": "adam", "lr": 0.01}}
+    one = run_on(1, tmp_path / "one", emulated, **adam)
+    lists = []
+    for ranks, steps in ((2, 2), (2, 4), (3, STEPS)):  # three ranks make lists of their own
+        end = run_on(ranks, tmp_path / "several", emulated, train={"max_steps": steps}, **adam)
+        saved = open_checkpoint(max((tmp_path / "several" / "checkpoints").glob("step-*")))
+        plan = plan_from_values(saved.meta["plan"])
+        pairs = zip(plan.specs, plan.placements, strict=True)
+        lists.append({s.name: saved.read(f"frequent.{s.name}").tolist() for s, place in pairs if place.listed})
+    check(tmp_path / "several", end, tmp_path / "one", one)
+    assert "C10" in lists[0]
+    assert lists[0] == lists[1]
+    assert "C10" in lists[2]
 
 
 def test_a_gradient_of_one_rank_that_is_not_finite_skips_all_ranks_steps(

@@ -13,6 +13,7 @@ from dlrm.scalars import SIZE, write_guard, write_scalars
 from embedding.bag_room import BagRoom, BagSample
 from embedding.captured_bags import BagBuffers, ExchangedBags
 from embedding.comm import SingleComm
+from embedding.frequent_rows import places_of_rows
 from embedding.hybrid import HybridEmbedding
 from embedding.jagged import Jagged
 from embedding.placement import Placement, Plan, TableSpec, places_of
@@ -47,8 +48,8 @@ def plan_of(case: BagCase, ranks: int) -> Plan:
             placements.append(Placement(kind="table_wise", owner=(table + 1) % ranks))
         elif kind == "replicated" or (kind == "hybrid" and threshold >= rows):
             placements.append(Placement(kind="replicated", threshold=rows))
-        elif kind == "hybrid" and threshold:
-            placements.append(Placement(kind="hybrid", threshold=threshold))
+        elif kind in ("hybrid", "listed") and threshold:
+            placements.append(Placement(kind="hybrid", threshold=threshold, listed=kind == "listed"))
         else:
             placements.append(Placement(kind="row_wise"))
     return Plan(specs=specs_of(case), placements=tuple(placements), ranks=ranks)
@@ -99,7 +100,9 @@ class Trainer:
         if host is not None:  # groups that carry buffers of the device
             inside = comm.split(topology.node, topology.local_rank)
             topology = replace(topology, inside=inside, across=comm.split(topology.local_rank, topology.node))
+        lists = xc.lists_of(case, plan)
         sample = BagSample.join([self.work[0][0]], len(case.rows))
+        sample.keys = [places_of_rows(keys, lists.get(f"t{i}")) for i, keys in enumerate(sample.keys)]
         room = BagRoom.measure(
             plan, sample, case.batches[0], nodes if case.nodes > 1 else None, 10.0 if case.short >= 1 else 0.0
         )
@@ -107,7 +110,7 @@ class Trainer:
             plan=plan, comm=comm, topology=topology, device=device, optimizer=xc.optimizer(case),
             table_dtype=np.float32, seed=case.seed, first=case.first, deterministic=case.deterministic,
             exchange_precision=case.precision, hierarchical=case.nodes > 1,  # type: ignore[arg-type]
-            room=replace(room, mean=room.mean * case.short),
+            room=replace(room, mean=room.mean * case.short), lists=lists,
         )  # fmt: skip
         self.embedding.track_touched()
         self.guard = device.xp.asarray(write_guard(np.empty(SIZE, np.float32), xc.LOSS_SCALE))
@@ -228,4 +231,5 @@ CASES = (
     BagCase(seed=28, nodes=2, dim=8, weighted=True),
     BagCase(seed=32, nodes=2, kind="adam", deterministic=True),
     BagCase(seed=36, nodes=2, short=0.4, kind="rowwise_adagrad"),
+    BagCase(seed=40, kinds=("listed", "row_wise", "listed", "listed", "listed", "table_wise"), threshold=0.2),
 )  # fmt: skip

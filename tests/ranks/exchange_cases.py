@@ -13,6 +13,7 @@ from dlrm.scalars import OVERFLOW, SIZE, write_guard, write_scalars
 from embedding.captured_exchange import ExchangeBuffers, ExchangedEmbedding
 from embedding.captured_placement import node_rows, owner_shares
 from embedding.comm import SingleComm
+from embedding.frequent_rows import places_of_rows
 from embedding.hybrid import HybridEmbedding
 from embedding.jagged import Jagged
 from embedding.placement import Placement, Plan, TableSpec
@@ -49,12 +50,24 @@ def plan_of(case: ExchangeCase, ranks: int) -> Plan:
     specs = tuple(TableSpec(name=f"t{i}", rows=rows, dim=case.dim) for i, rows in enumerate(case.rows))
     made = {
         "hybrid": lambda table, rows: Placement(kind="hybrid", threshold=max(1, rows // 8)),
+        "listed": lambda table, rows: Placement(kind="hybrid", threshold=max(1, rows // 8), listed=True),
         "table_wise": lambda table, rows: Placement(kind="table_wise", owner=(table + 1) % ranks),
         "row_wise": lambda table, rows: Placement(kind="row_wise"),
         "replicated": lambda table, rows: Placement(kind="replicated", threshold=rows),
     }
     placements = [made[kind](table, case.rows[table]) for table, kind in enumerate(case.kinds)]
     return Plan(specs=specs, placements=tuple(placements), ranks=ranks)
+
+
+def lists_of(case: ExchangeCase, plan: Plan) -> dict[str, np.ndarray]:
+    """The frequent rows of the tables that list them, most of them below half."""
+    rng, lists = np.random.default_rng(case.seed + 1), {}
+    for spec, placement in zip(plan.specs, plan.placements, strict=True):
+        if placement.listed:
+            odds = np.where(np.arange(spec.rows) < spec.rows // 2, 4.0, 1.0)
+            rows = rng.choice(spec.rows, placement.threshold, replace=False, p=odds / odds.sum())
+            lists[spec.name] = np.sort(rows).astype(np.int64)
+    return lists
 
 
 def draw(case: ExchangeCase) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -87,7 +100,9 @@ class Trainer:
     def __init__(self, case: ExchangeCase, comm: Any, device: Any, host: Any = None) -> None:
         self.case, self.comm, self.device = case, comm, device
         self.work, plan = draw(case), plan_of(case, comm.size)
-        shares = owner_shares(plan, list(self.work[0][0]))
+        lists = lists_of(case, plan)
+        first = np.stack([places_of_rows(k, lists.get(f"t{i}")) for i, k in enumerate(self.work[0][0])])
+        shares = owner_shares(plan, list(first))
         topology = discover(host or comm, case.nodes)
         nodes = [topology.ranks_of(node) for node in range(case.nodes)]
         if host is not None:  # groups that carry buffers of the device
@@ -98,7 +113,7 @@ class Trainer:
             table_dtype=np.float32, seed=case.seed, first=case.first, deterministic=case.deterministic,
             exchange_precision=case.precision, shares=shares * case.short,  # type: ignore[arg-type]
             sigmas=10.0 if case.short == 1 else 0.0, hierarchical=case.nodes > 1,
-            distinct=node_rows(plan, self.work[0][0], nodes, 10.0 if case.short >= 1 else 0.0),
+            distinct=node_rows(plan, first, nodes, 10.0 if case.short >= 1 else 0.0), lists=lists,
         )  # fmt: skip
         self.embedding.track_touched()
         self.guard = device.xp.asarray(write_guard(np.empty(SIZE, np.float32), LOSS_SCALE))
@@ -278,6 +293,7 @@ def check_all(case: ExchangeCase, outcomes: list[Outcome], expected: Expected | 
     assert len({outcome.overflows for outcome in outcomes}) == 1
 
 
+LISTED = ("listed", "table_wise", "listed", "listed", "hybrid", "replicated")
 CASES = (
     *(ExchangeCase(seed=number, kind=kind) for number, kind in enumerate(
         ("sgd", "momentum", "adagrad", "rowwise_adagrad", "adam", "ftrl"))),
@@ -292,4 +308,6 @@ CASES = (
     ExchangeCase(seed=22, nodes=2, kind="adam", deterministic=True, precision="bf16"),
     ExchangeCase(seed=26, nodes=2, short=0.4, kind="rowwise_adagrad"),
     ExchangeCase(seed=17, kinds=("row_wise",) * 6, batches=(2, 1, 2)),
+    ExchangeCase(seed=28, kinds=LISTED, kind="adam", deterministic=True),
+    ExchangeCase(seed=30, kinds=LISTED, nodes=2, short=0.4),
 )  # fmt: skip

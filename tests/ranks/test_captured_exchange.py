@@ -112,7 +112,7 @@ def test_ranks_train_as_one_over_mpi(ranks: int, mpirun: Callable[..., subproces
     ("placement", "message"),
     [
         (Placement(kind="column_wise", owners=(0,)), "column_wise runs on CPUs alone"),
-        (Placement(kind="hybrid", threshold=2, listed=True), "list of frequent rows runs on CPUs alone"),
+        (Placement(kind="hybrid", threshold=2, listed=True), "its list of frequent rows must hold 2 distinct ones"),
     ],
 )
 def test_what_it_does_not_do_is_refused(placement: Placement, message: str) -> None:
