@@ -149,10 +149,23 @@ class Device(Protocol):
 
 @dataclass(slots=True)
 class Recording:
-    """What ``Streams.repeat`` remembers of work that is issued again and again over the same arrays."""
+    """What ``Streams.repeat`` remembers of work that is issued again and again over the same arrays.
+
+    Attributes:
+        runs: how often the work was done over them.
+        graph: of it.
+        form: which arrays these are.
+    """
 
     runs: int = 0
     graph: Any = None
+    form: Any = None
+
+    def over(self, form: Any) -> Recording:
+        """Itself, having forgotten what was recorded over arrays of another form."""
+        if form != self.form:
+            self.form, self.runs, self.graph = form, 0, None
+        return self
 
 
 class Streams(Protocol):

@@ -102,13 +102,14 @@ def check_batch(
     )
 
 
-def check_bag_keys(keys: Jagged, specs: Sequence[TableSpec], here: str = "") -> None:
+def check_bag_keys(keys: Jagged, specs: Sequence[TableSpec], here: str = "", first: int = 0) -> None:
     """Refuse bags that hold another number of keys than all bags of their table have to.
 
     Args:
         keys: of the host, of all tables.
         specs: the tables.
         here: what the message begins with.
+        first: number of the first row in this rank's share.
 
     Raises:
         DataError: with the table and the row.
@@ -122,8 +123,9 @@ def check_bag_keys(keys: Jagged, specs: Sequence[TableSpec], here: str = "") -> 
         wrong = np.flatnonzero(lengths != spec.bag_keys)
         if len(wrong):
             raise DataError(
-                f"{here}table '{spec.name}': row {wrong[0]} of this rank's share of a batch holds {lengths[wrong[0]]} "
-                f"keys, but with pooling concat every row holds {spec.bag_keys}; use pooling sum or mean"
+                f"{here}table '{spec.name}': row {first + wrong[0]} of this rank's share of a batch holds "
+                f"{lengths[wrong[0]]} keys, but with pooling concat every row holds {spec.bag_keys}; use pooling sum "
+                "or mean"
             )
 
 

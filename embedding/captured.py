@@ -37,21 +37,30 @@ class CapturedBuffers(BatchBuffers):
     """One batch in flight; its keys are written by whoever uploads the batch.
 
     Attributes:
-        keys: [K] int32 or int64 of the device, feature-major.
-        offsets: [V * B + 1] int64 of the device; empty for one key a bag.
-        weights: [K] float32 of the device; empty for none.
+        keys: [K or more] int32 or int64 of the device, feature-major.
+        offsets: [V * B + 1] int64 of the device, part of ``all_offsets``; empty for one key a bag.
+        weights: as many float32 of the device as there are keys; empty for none.
         update: of the rows that the keys name; ``None``: forward only.
+        all_offsets: room for the offsets of ``capacity`` rows; empty for one key a bag.
+        form: counts how often these arrays were made anew.
     """
 
     keys: Array = None
     offsets: Array = None
     weights: Array = None
     update: CapturedUpdate | None = None
+    all_offsets: Array = None
+    form: int = 0
 
     @property
     def one_hot(self) -> bool:
         """Whether every bag holds one key."""
-        return len(self.offsets) == 0
+        return len(self.all_offsets) == 0
+
+    def open(self, rows: int) -> None:
+        """Have ``offsets`` of a batch of so many rows, to be written."""
+        if not self.one_hot:
+            self.offsets = self.all_offsets[: (len(self.all_offsets) - 1) // self.capacity * rows + 1]
 
 
 class CapturedEmbedding:
@@ -158,12 +167,16 @@ class CapturedEmbedding:
         buffers = CapturedBuffers(capacity, vectors, grad_vectors)
         buffers.keys = self._device.zeros(max(1, self._features * capacity), np.int32)
         buffers.offsets, buffers.weights = self._nothing
+        buffers.all_offsets = buffers.offsets
         if grad_vectors is not None:
             buffers.update = self._make_update(self._features * capacity, one_hot=True, weighted=False)
         return buffers
 
     def take_bags(self, keys: Array, offsets: Array | None, weights: Array | None, buffers: CapturedBuffers) -> None:
-        """Copy a batch of bags from the host; what has to grow is allocated, so this is nothing for a capture.
+        """Copy a batch of bags from the host, outside of any capture.
+
+        How many keys a batch has, kernels read on the device, so that a captured step serves all that there is room
+        for. Of a batch that has more, or another form, the arrays are made anew, and ``form`` counts on.
 
         Args:
             keys: [K] int32 or int64, table-major.
@@ -174,33 +187,54 @@ class CapturedEmbedding:
         Raises:
             DataError: a bag of a table whose vectors are not pooled holds another number of keys than all.
         """
-        device, count = self._device, len(keys)
+        device, count, several = self._device, len(keys), self._features > len(self.specs)
         rows = (count if offsets is None else len(offsets) - 1) // max(1, len(self.specs))
         check_bag_keys(Jagged(keys, offsets, weights, len(self.specs), rows), self.specs)
-        if len(buffers.keys) < count or buffers.keys.dtype != keys.dtype:
-            buffers.keys = device.empty(count + count // 4 + 1, keys.dtype)
+        # Once a batch has had bags, all have: a form that changes to and fro would be captured again and again.
+        bags = weights is not None or not buffers.one_hot
+        of_vectors = None if offsets is None else offsets_of_vectors(self.specs, offsets, rows)
+        if of_vectors is not None:
+            bags = bags or not several or not bool((np.diff(of_vectors) == 1).all())
+        weighted, dtype = weights is not None, keys.dtype
+        form = (buffers.one_hot, len(buffers.weights) > 0, buffers.keys.dtype)
+        if form != (not bags, weighted, dtype) or count > len(buffers.keys):
+            self.make_bags(buffers, count + count // 4 + 1, dtype=dtype, bags=bags, weighted=weighted)
         device.upload(keys, buffers.keys[:count])
-        buffers.offsets, buffers.weights = self._nothing
         if weights is not None:
-            buffers.weights = device.upload(weights, device.empty(len(weights), np.float32))
-            offsets = np.arange(count + 1) if offsets is None else offsets
-        if offsets is not None:
+            device.upload(weights, buffers.weights[:count])
+        if of_vectors is None:
+            of_vectors = np.arange(count + 1)
+        elif several:
             for part, bag_keys in concat_parts(self.specs, offsets, rows):
                 for array in (buffers.keys, buffers.weights)[: 1 if weights is None else 2]:
                     array[part] = array[part].reshape(rows, bag_keys).T.reshape(-1)
-            offsets = offsets_of_vectors(self.specs, offsets, rows)
-            if weights is None and self._features > len(self.specs) and bool((np.diff(offsets) == 1).all()):
-                offsets = None
-        if offsets is not None:
-            buffers.offsets = device.upload(offsets, device.empty(len(offsets), np.int64))
-        update = buffers.update
-        if update is None:
-            return
-        form = {"one_hot": offsets is None, "weighted": weights is not None}
-        # How many of them a batch has, kernels read on the device; they are handed all there is room for.
-        if not update.serves(len(buffers.keys), **form):
+        buffers.open(rows)
+        if bags:
+            device.upload(of_vectors, buffers.offsets)
+
+    def make_bags(
+        self, buffers: CapturedBuffers, num_keys: int, *, bags: bool, weighted: bool, dtype: Any = np.int32
+    ) -> None:
+        """Make the arrays of batches of up to so many keys anew, and the update that takes them.
+
+        Args:
+            buffers: of a batch; keys are written into them by ``take_bags``, or, after ``open``, by anybody.
+            num_keys: most keys.
+            bags: whether they have offsets.
+            weighted: whether they have weights; then they have offsets.
+            dtype: of the keys.
+        """
+        device, update = self._device, buffers.update
+        buffers.form += 1
+        room = max(len(buffers.keys), num_keys)
+        buffers.keys = device.zeros(room, dtype)
+        buffers.weights = device.zeros(room, np.float32) if weighted else self._nothing[1]
+        if bags and buffers.one_hot:
+            buffers.all_offsets = device.zeros(self._features * buffers.capacity + 1, np.int64)
+        form = {"one_hot": not bags, "weighted": weighted}
+        if update is not None and not update.serves(room, **form):
             self._updates.remove(update)
-            buffers.update = self._make_update(len(buffers.keys), **form)
+            buffers.update = self._make_update(room, **form)
 
     def _make_update(self, num_keys: int, *, one_hot: bool, weighted: bool) -> CapturedUpdate:
         update = CapturedUpdate(

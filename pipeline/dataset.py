@@ -270,7 +270,7 @@ class Dataset:
         if self.manifest.layout == "jagged":
             return None
         layout = RecordLayout.of(self.manifest)
-        return layout if layout.splittable and not self.manifest.missing_keys else None
+        return layout if layout.splittable else None
 
     @property
     def key_dtype(self) -> str:

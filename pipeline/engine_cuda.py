@@ -220,6 +220,7 @@ def build_stages(
         dynamic=dynamic,
         growth_interval=config.loss_scale_growth,
         fused_eval=layout is not None
+        and layout.plain
         and fuses("fused_eval", config.cuda.fused_eval, config, model, several=comm.size > 1),
         fused_train=fused_train,
         captures=carrier.captures,
@@ -316,15 +317,20 @@ def join_captured(
         sharing=carrier.sharing, local_ranks=local_ranks or topology.local_size, saved=saved,
     )  # fmt: skip
     by_node = carrier.comm is not None and plan.all_to_all == "hierarchical"
-    fused_train = dataset.layout is not None and fuses(
-        "fused_train", config.cuda.fused_train, config, model, several=by_node
+    layout = dataset.layout
+    if carrier.comm is not None and layout is not None and not layout.plain:
+        layout = None  # the host decodes bags that are exchanged
+    fused_train = (
+        layout is not None
+        and layout.plain
+        and fuses("fused_train", config.cuda.fused_train, config, model, several=by_node)
     )
     embedding = build_captured(
         config, plan, carrier, nodes, device, model.first,
         lambda: measure_lists(config, dataset, plan, nodes, lists), fused_train, lists,
     )  # fmt: skip
     stages = build_stages(
-        config, model=model, embedding=embedding, carrier=carrier, device=device, layout=dataset.layout,
+        config, model=model, embedding=embedding, carrier=carrier, device=device, layout=layout,
         optimizer=optimizer, fused_train=fused_train,
     )  # fmt: skip
     train = choose(config.overlap, "train", None, exchanged=carrier.comm is not None)
@@ -339,5 +345,5 @@ def join_captured(
         "carrier": carrier.comm if carrier.name == "nccl" else None,
         "carrier_name": carrier.name,
         "release": carrier.close,
-        "layout": dataset.layout,
+        "layout": layout,
     }

@@ -34,6 +34,7 @@ class Flight:
         staging: what the stages of a GPU keep of the batch besides.
         batch_rows: rows of a whole batch over all ranks.
         capturable: whether a graph may be made of its work.
+        form: which arrays the batch lies in: ``upload`` counts on where it had to make others.
         recording: of the work that is issued for every whole batch of this place of the ring.
     """
 
@@ -51,6 +52,7 @@ class Flight:
     staging: Any = None
     batch_rows: int = 0
     capturable: bool = True
+    form: int = 0
     recording: Recording = field(default_factory=Recording)
 
     @property

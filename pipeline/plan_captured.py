@@ -151,7 +151,7 @@ def measure_lists(
         nodes = [topology.ranks_of(node) for node in range(topology.num_nodes)]
     with first_batches(config, dataset, batches) as loader:
         parts = [batch.host.keys for batch in loader]
-    if dataset.layout is None:
+    if dataset.layout is None or not dataset.layout.plain:
         sample = BagSample.join(parts, tables)
         sample.keys = [places_of_rows(keys, rows) for keys, rows in zip(sample.keys, frequent, strict=True)]
         bags = BagRoom.measure(plan, sample, wanted, nodes)

@@ -8,6 +8,7 @@ Shapes: B rows of this rank's share of a batch, G rows of the global batch, V 32
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,11 +17,14 @@ from numpy.typing import NDArray
 
 from dlrm.device import Device, Event
 from dlrm.errors import DataError
+from embedding.jagged import Jagged
 from embedding.topology import share_of
 from pipeline.formats.batch import HostBatch
 from pipeline.formats.record_files import PAGE, Bytes, RecordLayout, RecordSource, buffer_bytes, page_aligned
 from pipeline.read_ahead import READERS, ReadAhead
 from pipeline.row_order import OrderedRows, RowOrder, Run, Steps
+
+BagCheck = Callable[[Jagged, int], None]
 
 
 class RecordSplit(OrderedRows, Protocol):
@@ -79,10 +83,15 @@ class RecordBatch:
         """Where record ``place`` of ``records`` comes from, for errors: file, row and byte."""
         return self._source.place_of(self._row(place))
 
-    def fault(self, place: int) -> DataError:
-        """What to raise where a device finds record ``place`` wrong: the host's own sentence on that row."""
+    def fault(self, place: int, check: BagCheck) -> DataError:
+        """What to raise where a device finds record ``place`` wrong: the host's own sentence on that row.
+
+        Args:
+            place: of ``records``.
+            check: raises what is wrong with the row's bags; is told its number in this rank's share.
+        """
         try:
-            self._split.read(np.array([self._row(place)], np.int64))
+            check(self._split.read(np.array([self._row(place)], np.int64)).keys, place - self.own.start)
         except DataError as error:
             return error
         return DataError(

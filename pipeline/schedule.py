@@ -184,7 +184,7 @@ class _Tick:
         chosen = self._with_batch(rows)
         if self._timed() is not None or len(chosen) < len(rows) or not all(self._flight(row).whole for row in chosen):
             return None
-        return self.ring[self.number % len(self.ring)].recording
+        return self.ring[self.number % len(self.ring)].recording.over([self._flight(row).form for row in chosen])
 
     def _with_batch(self, rows: Sequence[Row]) -> list[Row]:
         return [row for row in rows if 0 <= self.number + row.ahead < self.issued]

@@ -24,16 +24,19 @@ from dlrm.model import DenseModel
 from dlrm.optim import DenseOptimizer
 from dlrm.optim import constants as dense_constants
 from dlrm.scalars import NOT_FINITE, SIZE, SKIPPED_STEPS, write_guard, write_scalars
+from embedding.batch import check_bag_keys
+from embedding.buffers import NO_OFFSETS, NO_WEIGHTS
 from embedding.captured_bags import ExchangedBags
 from embedding.captured_exchange import ExchangedEmbedding
 from embedding.comm import Comm
+from embedding.jagged import Jagged
 from embedding.sparse_optim import constants as sparse_constants
 from pipeline.device_feed import DeviceBatch
 from pipeline.flight import Flight
 from pipeline.formats.record_files import RecordLayout
 from pipeline.loader import LoadedBatch
-from pipeline.record_loader import RecordBatch
-from pipeline.split_records import split_records
+from pipeline.record_loader import BagCheck, RecordBatch
+from pipeline.split_records import KeyColumns, SplitKeys, counting_room, split_records
 from pipeline.stages import S, Stages
 
 
@@ -48,6 +51,7 @@ class Staging:
         partials: room for the sum of the loss.
         records: [G, V] uint32, where records are brought or made; ``None``: decoded batches come.
         numbers: [G, 2] uint32, numbers of rows.
+        room: see ``counting_room``.
         host: the batch, whom a fault is asked of.
         fused: look-up and interaction run as one kernel.
         beside: rows that lie here are looked up beside the exchange of the others.
@@ -58,6 +62,7 @@ class Staging:
     partials: Array
     records: Array | None = None
     numbers: Array | None = None
+    room: Array | None = None
     host: RecordBatch | None = None
     fused: bool = False
     beside: bool = False
@@ -69,6 +74,7 @@ class CudaOutcome:
 
     reading: Reading
     host: RecordBatch | None
+    check: BagCheck
 
     def loss(self) -> float:
         """This rank's part of the mean loss; waits for it.
@@ -78,7 +84,7 @@ class CudaOutcome:
         """
         values = self.reading.values()
         if (fault := int(values[1:].view(np.int32)[0])) and self.host is not None:
-            raise self.host.fault(fault - 1)
+            raise self.host.fault(fault - 1, self.check)
         return float(values[0])
 
     def overflowed(self) -> bool:
@@ -141,7 +147,9 @@ class CudaStages(Stages):
         self.dynamic, self._growth = dynamic, growth_interval
         xp = device.xp
         self.guard = xp.asarray(write_guard(np.empty(SIZE, np.float32), loss_scale))
-        self._table_rows = xp.asarray([] if layout is None else layout.table_rows, np.int32)
+        self._columns = None if layout is None else KeyColumns.of(layout, embedding.specs, device)
+        self._vectors = tuple(spec.num_vectors for spec in embedding.specs)
+        self._no_bags = xp.asarray(NO_OFFSETS), xp.asarray(NO_WEIGHTS)
 
     def flight(self, batch_rows: int, *, training: bool) -> Flight:
         """See ``Stages.flight``."""
@@ -158,6 +166,12 @@ class CudaStages(Stages):
         if self._layout is not None:
             staging.records = device.empty((batch_rows, self._layout.words), np.uint32)
             staging.numbers = device.empty((batch_rows, 2), np.uint32)
+            staging.room = device.empty(counting_room(self._layout, batch_rows), np.uint32)
+            if not self._layout.plain:
+                self._tables_of_rank.make_bags(
+                    flight.embedding, batch_rows * sum(self._layout.hotness), weighted=self._layout.weighted,
+                    bags=self._layout.missing or self._layout.weighted or self._layout.hotness != self._vectors,
+                )  # fmt: skip
         flight.staging = staging
         return flight
 
@@ -207,7 +221,11 @@ class CudaStages(Stages):
 
     def outcome(self, flight: Flight) -> CudaOutcome:
         """See ``Stages.outcome``."""
-        return CudaOutcome(self.device.read_later(flight.staging.outcome), flight.staging.host)
+        return CudaOutcome(self.device.read_later(flight.staging.outcome), flight.staging.host, self._check)
+
+    def _check(self, keys: Jagged, row: int) -> None:
+        here = f"rank {self.comm.rank}: " if self.comm.size > 1 else ""
+        check_bag_keys(keys, self._tables_of_rank.specs, here, row)
 
     # --- the stages, in the order of ``S``
 
@@ -234,8 +252,10 @@ class CudaStages(Stages):
             self._take_decoded(flight, batch)
 
     def _take_apart(self, flight: Flight, batch: DeviceBatch) -> None:
-        device, staging, host, layout = self.device, flight.staging, batch.host, self._layout
+        device, staging, host = self.device, flight.staging, batch.host
+        layout, columns = self._layout, self._columns
         assert layout is not None
+        assert columns is not None
         staging.host = host
         rows, index = len(host.records), None
         records = staging.records
@@ -245,22 +265,27 @@ class CudaStages(Stages):
             numbers = device.upload(host.records, staging.numbers[:rows]).view(np.int64).reshape(-1)
             records, index = batch.origin.records(numbers, staging.records[:rows])
         host.hold(device.record())
+        buffers, bags = flight.embedding, self._no_bags
+        if not layout.plain:
+            buffers.open(rows)
+            bags = buffers.offsets, buffers.weights
         split_records(
-            records, index, rows, host.own, layout, self._table_rows, flight.labels, flight.dense,
-            flight.embedding.keys, staging.outcome[1:].view(np.int32), device=device,
+            records, index, rows, host.own, layout, columns, flight.labels, flight.dense,
+            SplitKeys(buffers.keys, *bags, staging.room), staging.outcome[1:].view(np.int32), device=device,
         )  # fmt: skip
 
     def _take_decoded(self, flight: Flight, batch: LoadedBatch) -> None:
         device, rows, host = self.device, flight.rows, batch.host
-        flight.capturable = False
         device.upload(host.labels.astype(np.float32), flight.labels[:rows])
         device.assign(host.dense, flight.dense[:rows, : host.dense.shape[1]])
         keys = host.keys
         if isinstance(self._exchanged, ExchangedBags):
             assert batch.global_keys is not None
+            flight.capturable = False
             self._exchanged.take_bags(keys, batch.global_keys, flight.embedding)
         else:
             self._tables_of_rank.take_bags(keys.keys, keys.offsets, keys.weights, flight.embedding)
+            flight.form = flight.embedding.form
 
     def input_dist(self, flight: Flight) -> None:
         """Bring the batch's keys where they are needed, and into order."""

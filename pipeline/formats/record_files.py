@@ -46,6 +46,7 @@ class RecordLayout:
         hotness: key columns of each table, side by side in table order; -1: no key.
         table_rows: rows of each table.
         weighted: whether the weights (float32) of all key columns follow them.
+        missing: whether keys may be missing.
     """
 
     words: int
@@ -57,6 +58,7 @@ class RecordLayout:
     hotness: tuple[int, ...]
     table_rows: tuple[int, ...]
     weighted: bool
+    missing: bool = False
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
@@ -72,13 +74,18 @@ class RecordLayout:
             hotness=tuple(table.hotness for table in manifest.tables),
             table_rows=tuple(table.rows for table in manifest.tables),
             weighted=manifest.weighted,
+            missing=manifest.missing_keys,
         )
 
     @property
     def splittable(self) -> bool:
-        """Whether ``pipeline.split_records`` takes them: one key for each table, no weights, tables below 2^31 rows."""
-        one_key = all(count == 1 for count in self.hotness)
-        return one_key and not self.weighted and all(rows < 2**31 for rows in self.table_rows)
+        """Whether ``pipeline.split_records`` takes them: tables have fewer than 2^31 rows."""
+        return all(rows < 2**31 for rows in self.table_rows)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every bag holds one key, without a weight."""
+        return all(count == 1 for count in self.hotness) and not self.weighted and not self.missing
 
 
 class RecordSource(Protocol):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.manifest import TableInfo
+from pipeline.manifest import Layout, TableInfo
 from pipeline.writer import DatasetWriter
 
 ROWS = {"train": 400, "validation": 230}
@@ -38,14 +38,25 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_bags(folder: Path, seed: int, *, weighted: bool = False, bags: bool = True, ordered: bool = True) -> Path:
+def write_bags(
+    folder: Path,
+    seed: int,
+    *,
+    weighted: bool = False,
+    bags: bool = True,
+    layout: Layout = "raw",
+    short: float = 0.0,
+    ordered: bool = True,
+) -> Path:
     """A set whose bags hold any number of keys up to the hotness; without ``bags`` all are full.
 
     Args:
-        folder: gets it.
-        seed: of its rows.
+        folder: of the set.
+        seed: of its numbers.
         weighted: keys have weights.
-        bags: they differ in length.
+        bags: some keys are missing.
+        layout: of the files.
+        short: part of the rows, the first ones of a split, whose bags hold one key at most.
         ordered: whether it says that rows are numbered by frequency.
     """
     rng = np.random.default_rng(seed)
@@ -53,13 +64,17 @@ def write_bags(folder: Path, seed: int, *, weighted: bool = False, bags: bool = 
         TableInfo(name=name, rows=rows, hotness=hotness, frequency_ordered=ordered)
         for name, (rows, hotness) in TABLES.items()
     ]
-    with DatasetWriter(folder, name="bags", dense_names=["age", "price"], tables=tables, weighted=weighted) as writer:
+    with DatasetWriter(
+        folder, name="bags", dense_names=["age", "price"], tables=tables, weighted=weighted, layout=layout
+    ) as writer:
         for split, count in ROWS.items():
             columns = []
             for name, (rows, hotness) in TABLES.items():
                 own = (rows * rng.random((count, hotness)) ** 2).astype(np.int64)
                 if bags and name != "last":
-                    own[np.arange(hotness) >= rng.integers(0, hotness + 1, (count, 1))] = -1
+                    lengths = rng.integers(0, hotness + 1, (count, 1))
+                    lengths[: int(short * count)] = np.minimum(lengths[: int(short * count)], 1)
+                    own[np.arange(hotness) >= lengths] = -1
                 columns.append(own)
             keys = np.concatenate(columns, axis=1)
             labels = (keys[:, 0] + rng.integers(0, 30, count) > 25).astype(np.int32)

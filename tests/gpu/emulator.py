@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from replays import note_launch
 
 from dlrm.nvrtc import Defines, branch_arch
 
@@ -58,8 +59,8 @@ class EmulatedKernel:
     _lock = threading.Lock()
     """One emulated GPU runs one kernel at a time: what the launches keep is shared, of all libraries."""
 
-    def __init__(self, function: Any) -> None:
-        self._function = function
+    def __init__(self, function: Any, name: str) -> None:
+        self._function, self._name = function, name
 
     def __call__(self, blocks: int, threads: int, *arguments: Any, shared_bytes: int = 0) -> None:
         if blocks == 0:
@@ -70,6 +71,7 @@ class EmulatedKernel:
             else TYPES[type(argument)](argument.item())
             for argument in arguments
         ]
+        note_launch(self._name, blocks, threads, shared_bytes, *(value.value for value in values))
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         sizes = ctypes.c_uint(blocks), ctypes.c_uint(threads), ctypes.c_size_t(shared_bytes)
         with self._lock:
@@ -97,7 +99,7 @@ class Emulator:
             if key not in self._libraries:
                 self._libraries[key] = self._compile(source, macros)
             library = self._libraries[key]
-        return EmulatedKernel(getattr(library, f"emulate_{name}"))
+        return EmulatedKernel(getattr(library, f"emulate_{name}"), name)
 
     def _compile(self, source: Path, defines: Defines) -> Any:
         text = source.read_text(encoding="utf-8")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from replays import may_allocate, replays
 
 from dlrm.config import parse_run_config
 from dlrm.device import HostDevice
@@ -24,7 +26,11 @@ NOT_EMULATED = ("dlrm.gemm", "pipeline.generator")
 
 
 class EmulatedDevice(HostDevice):
-    """A GPU whose kernels run emulated: it pads, and results are looked at late."""
+    """A GPU whose kernels run emulated: it pads, results are looked at late, and what it would replay may be replayed.
+
+    Attributes:
+        recordings: see ``replays.Replays``.
+    """
 
     column_multiple = 8
     fuses_relu = True
@@ -32,6 +38,19 @@ class EmulatedDevice(HostDevice):
 
     def __init__(self) -> None:
         super().__init__(1, compiled=False)
+        self.recordings: Counter[str] = Counter()
+
+    def empty(self, shape: Any, dtype: Any) -> Any:
+        assert may_allocate(), "what is captured allocates nothing"
+        return super().empty(shape, dtype)
+
+    def zeros(self, shape: Any, dtype: Any) -> Any:
+        assert may_allocate(), "what is captured allocates nothing"
+        return super().zeros(shape, dtype)
+
+    def streams(self, names: Sequence[str]) -> Any:
+        """Those of the host, looked at."""
+        return replays(super().streams(names), self.recordings)
 
     def kernel(self, module: str, name: str) -> Any:
         """The launch of that name."""
@@ -65,16 +84,21 @@ def weight_and_bias_backward(grad: np.ndarray, x: np.ndarray, grad_weight: np.nd
     grad[:, :outputs].sum(0, dtype=grad_bias.dtype, out=grad_bias)
 
 
-def emulate(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no GPU, have ``device: cuda`` mean an emulated one."""
+def emulate(machine: Any, monkeypatch: pytest.MonkeyPatch) -> list[EmulatedDevice]:
+    """Where there is no GPU, have ``device: cuda`` mean an emulated one; those that have been made since."""
+    made: list[EmulatedDevice] = []
     if not machine.emulated:
-        return
+        return made
     host = importlib.import_module("pipeline.devices").make_device
 
     def make(config: Any, *rest: Any) -> Any:
-        return EmulatedDevice() if config.device == "cuda" else host(config, *rest)
+        if config.device != "cuda":
+            return host(config, *rest)
+        made.append(EmulatedDevice())
+        return made[-1]
 
     monkeypatch.setattr("pipeline.engine.make_device", make)
+    return made
 
 
 def run(values: dict[str, Any], on_ranks: Callable[[Any], Any] = lambda work: work(SingleComm())) -> TrainResult:

@@ -99,8 +99,14 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
         (("SCORE", "double"), ("LABEL", "unsigned char"), ("MERGED", 1)),
     ),
     "pipeline/split_records.cu": (
-        (("NUMBER", "half_t"), ("INDEXED", 1), ("WIDE", 0), ("LOG", 0), ("LABEL_ONE", 1), ("ROWS", 64)),
-        (("NUMBER", "float"), ("INDEXED", 0), ("WIDE", 1), ("LOG", 1), ("LABEL_ONE", 1065353216), ("ROWS", 3)),
+        (
+            ("NUMBER", "half_t"), ("INDEXED", 1), ("WIDE", 0), ("LOG", 0), ("LABEL_ONE", 1), ("ROWS", 64), ("BAGS", 0),
+            ("WEIGHTED", 0),
+        ),
+        (
+            ("NUMBER", "float"), ("INDEXED", 0), ("WIDE", 1), ("LOG", 1), ("LABEL_ONE", 1065353216), ("ROWS", 3),
+            ("BAGS", 2), ("WEIGHTED", 1),
+        ),
     ),
 }  # fmt: skip
 """By source; a source that is not listed stands for itself, without macros."""

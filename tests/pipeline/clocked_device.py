@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from dlrm.device import Recording
 from pipeline.schedule import Row, execute, ring_size
 from pipeline.stages import FIELDS, SHARED, S
 
@@ -84,8 +85,8 @@ class ClockedFlight:
 
     def __init__(self, position: int, memory: Memory) -> None:
         self.position, self.memory, self.number = position, memory, -1
-        self.whole = True
-        self.recording = None
+        self.whole, self.form = True, 0
+        self.recording = Recording()
 
     def accept(self, number: int) -> None:
         self.number = number

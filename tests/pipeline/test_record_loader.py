@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from dlrm.config import DataConfig
 from dlrm.device import HostDevice
 from dlrm.errors import ConfigError, DataError
+from embedding.jagged import Jagged
 from embedding.topology import share_of, start_of
 from pipeline.dataset import DatasetWriter, TableInfo, load_dataset
 from pipeline.formats.record_files import PAGE, RecordLayout, prefers_direct
@@ -91,6 +92,15 @@ def test_a_run_gets_its_records_by_its_config(tmp_path: Path, rng: np.random.Gen
         assert steps
 
 
+def nothing_wrong(keys: Jagged, row: int) -> None:
+    assert keys.num_rows == 1
+    assert row >= 0
+
+
+def bags_wrong(keys: Jagged, row: int) -> None:
+    raise DataError(f"row {row}")
+
+
 def test_a_record_found_wrong_is_described_by_the_host(tmp_path: Path, rng: np.random.Generator) -> None:
     words = write_shards(tmp_path, [30, 33], rng).view(np.int32)
     words[41, 4] = 77  # of 50
@@ -98,10 +108,12 @@ def test_a_record_found_wrong_is_described_by_the_host(tmp_path: Path, rng: np.r
     found = 0
     for batch in load(tmp_path, batch_size=9, ranks=2, rank=1, block=4, epochs=2):
         for place in np.flatnonzero(batch.records[:, 4] >= 50):
-            assert re.search(r"1\.bin: row 11.*: key 77 of table 'x' lies outside", str(batch.fault(place)))
+            message = str(batch.fault(place, nothing_wrong))
+            assert re.search(r"1\.bin: row 11.*: key 77 of table 'x' lies outside", message)
             found += 1
         for place in np.flatnonzero(batch.records[:, 4] < 50):
-            assert str(batch.fault(place)).startswith(batch.locate(place) + ": the device found")
+            assert str(batch.fault(place, nothing_wrong)).startswith(batch.locate(place) + ": the device found")
+            assert str(batch.fault(place, bags_wrong)) == f"row {place - batch.own.start}"
             break
     others = load(tmp_path, batch_size=9, ranks=2, rank=0, block=4, epochs=2)
     found += sum(int((batch.records[:, 4] >= 50).sum()) for batch in others)
