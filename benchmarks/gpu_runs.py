@@ -82,10 +82,11 @@ class OwnRuns:
         self.raw: Path | None = None
         self._runs = 0
 
-    def synthetic(self, exponent: float, *, cap: bool = True) -> str:
-        """The ``data.path`` of rows that are made on the device."""
+    def synthetic(self, exponent: float, *, cap: bool = True, like: str = "", rows: int = 0) -> str:
+        """The ``data.path`` of rows that are made on the device; shape and number are the options' where not given."""
         limit = f"&cap={self.options.cap}" if cap else ""
-        return f"synthetic:{self.options.like}?rows={self.options.rows}&seed=1&exponent={exponent:g}{limit}"
+        shape, count = like or self.options.like, rows or self.options.rows
+        return f"synthetic:{shape}?rows={count}&seed=1&exponent={exponent:g}{limit}"
 
     def raw_files(self) -> Path:
         """A prepared set of Raw files, written once, so that the page cache holds it."""

@@ -36,7 +36,8 @@ from pipeline.generated import SHAPES, describe_synthetic  # noqa: E402
 MODEL = {"embedding_dim": 128, "bottom_mlp": [512, 256, 128], "top_mlp": [1024, 1024, 512, 256, 1]}
 SMALL_MODEL = {"embedding_dim": 16, "bottom_mlp": [32, 16], "top_mlp": [64, 1]}
 """To test this program without a GPU."""
-SECTIONS = ("ours", "eval", "raw", "full", "ranks", "torch", "fbgemm")
+SECTIONS = ("ours", "eval", "raw", "bags", "full", "ranks", "torch", "fbgemm")
+BAGS = "criteo-multihot"
 TORCH_FORMS = ("eager", "compile", "reduce-overhead", "graph", "compile + graph")
 FBGEMM_FORMS = ("eager", "compile", "reduce-overhead", "graph", "compile + graph")
 
@@ -117,6 +118,7 @@ def own_jobs(options: argparse.Namespace, runs: OwnRuns) -> Iterator[Job]:
             return {"path": str(runs.raw_files()), "readers": options.readers, "prefetch": 8, **how}
 
         yield job("raw", form, largest, law, files)
+    yield from bag_jobs(options, runs, job)
     for kept in options.full_tables:
         yield job(
             "full", f"crosslane, all rows, {kept} tables", largest, law, made(law, cap=False),
@@ -124,6 +126,20 @@ def own_jobs(options: argparse.Namespace, runs: OwnRuns) -> Iterator[Job]:
         )  # fmt: skip
     for batch in options.batches:
         yield job("ranks", f"crosslane, {options.ranks} GPUs", batch, law, made(law), ranks=options.ranks)
+
+
+def bag_jobs(options: argparse.Namespace, runs: OwnRuns, job: Callable[..., Job]) -> Iterator[Job]:
+    """DCNv2's tables, 214 keys a row, replayed and issued; row-wise Adagrad, whatever else is the common shape."""
+    law, kept = options.exponents[0], {"on_device": options.device == "cuda"}
+    tables = {"optimizer": {"kind": "rowwise_adagrad", "lr": 0.004}}
+
+    def made() -> Mapping[str, Any]:
+        return {"path": runs.synthetic(law, like=BAGS, rows=options.bag_rows), **kept}
+
+    for batch in options.batches:
+        for form, graphs in (("graphs", True), ("issued", False)):
+            name = f"crosslane, 214 keys a row, {form}"
+            yield job("bags", name, batch, law, made, cuda={"graphs": graphs}, embedding=tables)
 
 
 def peer_jobs(options: argparse.Namespace, folder: Path) -> Iterator[Job]:
@@ -272,6 +288,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--like", choices=list(SHAPES), default="criteo-terabyte")
     parser.add_argument("--cap", type=int, default=4_000_000, help="most rows of a table")
     parser.add_argument("--rows", type=int, default=80_000_000, help="synthetic rows, 90 %% of them for training")
+    parser.add_argument("--bag-rows", type=int, default=10_000_000, help="rows of 214 keys, 912 bytes each")
     parser.add_argument("--raw-rows", type=int, default=20_000_000, help="rows of the Raw files, 160 bytes each")
     parser.add_argument("--readers", type=int, default=4, help="threads that read the Raw files")
     parser.add_argument("--ranks", type=int, default=2, help="GPUs of the section 'ranks'")

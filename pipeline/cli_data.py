@@ -241,7 +241,8 @@ def synth(
     control: Annotated[bool, typer.Option("--control", help="Permute the categories over the rows.")] = False,
     name: Annotated[str, typer.Option(help="Name of the data set.")] = "synthetic",
     like: Annotated[
-        str | None, typer.Option(metavar="SHAPE", help="At scale: criteo-terabyte or criteo-terabyte-full.")
+        str | None,
+        typer.Option(metavar="SHAPE", help="At scale: criteo-terabyte, criteo-terabyte-full or criteo-multihot."),
     ] = None,
     exponent: Annotated[float, typer.Option(help="With --like: power law of all tables.")] = 1.1,
     scale: Annotated[int, typer.Option(help="With --like: tables have so many times fewer rows.")] = 1,

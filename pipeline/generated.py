@@ -43,8 +43,18 @@ SHAPES: dict[str, tuple[int, ...]] = {
         227605432, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 130229467, 3067956, 405282, 10, 2209, 11938, 155, 4,
         976, 14, 292775614, 40790948, 187188510, 590152, 12973, 108, 36,
     ),
+    # MLPerf v3.0 and later (DCNv2): 204,184,588 rows.
+    "criteo-multihot": (
+        40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956, 405282, 10, 2209, 11938, 155, 4, 976,
+        14, 40000000, 40000000, 40000000, 590152, 12973, 108, 36,
+    ),
 }  # fmt: skip
 """Rows of each table."""
+
+HOTNESS: dict[str, tuple[int, ...]] = {
+    "criteo-multihot": (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1),
+}
+"""Keys of each table's bags, where a shape has more than one; here 214."""
 
 CHUNK_ROWS = 32_768
 """Rows made and handed to the disk at once: 5 MiB of Criteo's shape, fewer waits than in smaller pieces."""
@@ -85,6 +95,7 @@ def describe_synthetic(
             f"synth: rows {rows}, seed {seed}, scale {scale}, cap {'none' if cap is None else cap}; "
             "need 1 .. 2^62 - 1, 0 .. 2^63 - 1, 1 and up, 1 and up"
         )
+    hotness = HOTNESS.get(like, (1,) * len(sizes))
     small = rows // 20
     counts = {"train": rows - 2 * small, "validation": small, "test": small}
     return Manifest(
@@ -92,8 +103,13 @@ def describe_synthetic(
         layout="synthetic",
         dense=DenseInfo(names=tuple(f"I{n + 1}" for n in range(NUM_DENSE))),
         tables=tuple(
-            TableInfo(name=f"C{t + 1}", rows=min(max(size // scale, min(size, 2)), cap or size), frequency_ordered=True)
-            for t, size in enumerate(sizes)
+            TableInfo(
+                name=f"C{t + 1}",
+                rows=min(max(size // scale, min(size, 2)), cap or size),
+                hotness=keys,
+                frequency_ordered=True,
+            )
+            for t, (size, keys) in enumerate(zip(sizes, hotness, strict=True))
         ),
         splits={name: SplitInfo(rows=count, files=()) for name, count in counts.items()},
         licence="none: made by a random generator",

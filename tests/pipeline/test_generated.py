@@ -18,7 +18,7 @@ from pipeline import generated, generator_numba
 from pipeline.dataset import load_dataset
 from pipeline.generated import SHAPES, GeneratedRows, describe_synthetic, parse_synthetic, write_recipe, write_synthetic
 from pipeline.generator import BYTES_SCALE, Generator, exp2, generate_records, segments
-from pipeline.manifest import Manifest, Recipe
+from pipeline.manifest import Manifest, Recipe, row_words
 from pipeline.record_loader import RecordLoader
 
 
@@ -136,6 +136,20 @@ def test_a_cap_on_the_rows_of_a_table(rng: np.random.Generator) -> None:
     keys = GeneratedRows(capped, "train", Path("made")).make(np.arange(90))[:, 14:]
     assert (keys >= 0).all()
     assert (keys < [table.rows for table in capped.tables]).all()
+
+
+def test_bags_of_several_keys(rng: np.random.Generator) -> None:
+    manifest = parse_synthetic("synthetic:criteo-multihot?rows=5000&scale=1000")
+    hotness = [table.hotness for table in manifest.tables]
+    assert (sum(hotness), hotness[20], row_words(manifest)) == (214, 100, 228)
+    assert sum(describe_synthetic("criteo-multihot", rows=20).tables[t].rows for t in range(26)) == 204_184_588
+    rows = load_dataset("synthetic:criteo-multihot?rows=5000&scale=1000").split("train").read(np.arange(4500))
+    offsets, keys = rows.keys.offsets, rows.keys.keys
+    np.testing.assert_array_equal(np.diff(offsets), np.repeat(hotness, 4500))
+    for table, info in enumerate(manifest.tables):
+        own = keys[offsets[table * 4500] : offsets[(table + 1) * 4500]]
+        assert 0 <= own.min() <= own.max() < info.rows
+    assert abs(rows.labels.mean() - 0.25) < 0.05
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
