@@ -12,6 +12,7 @@ from dlrm.config import OptimizerConfig
 from dlrm.cuda import CudaDevice
 from embedding import pair_lists_cuda, row_moves_cuda, row_sort_cuda, runs_cuda
 from embedding.captured_placement import owner_shares, pair_capacities, place_tables
+from embedding.column_groups import column_groups
 from embedding.pair_lists import PairLists
 from embedding.placement import Placement, Plan, TableSpec
 from embedding.row_sort import RowSort
@@ -45,8 +46,9 @@ def _lists(rows: Sequence[int], keys: Sequence[Any], batch: int, device: CudaDev
         for size in rows
     )
     plan = Plan(specs=specs, placements=placements, ranks=RANKS)
+    [group] = column_groups(plan, range(len(specs)), 1)
     placed = place_tables(
-        plan, rank=0, first=1, device=device, optimizer=OptimizerConfig(), dtype=np.float32, seed=None,
+        group, rank=0, device=device, optimizer=OptimizerConfig(), dtype=np.float32, seed=None,
         own_pads=False, frequent_pads=False, order=(1, 0),
     )  # fmt: skip
     lists = PairLists.create(

@@ -13,6 +13,7 @@ import numpy as np
 
 from dlrm.device import Array
 from embedding.captured_placement import SIGMAS, most_distinct
+from embedding.column_groups import uncut
 from embedding.jagged import Jagged
 from embedding.placement import Plan
 from embedding.topology import start_of
@@ -128,7 +129,9 @@ def _rows_taken(plan: Plan, sample: BagSample) -> Array:
     """[N, W] rows of each owner that each row of the sample takes; at least one row of zeros."""
     rows, ranks = sample.num_rows, plan.ranks
     taken = np.zeros((max(1, rows), ranks))
-    for placement, keys, lengths in zip(plan.placements, sample.keys, sample.lengths, strict=True):
+    for placed, keys, lengths in zip(plan.placements, sample.keys, sample.lengths, strict=True):
+        if (placement := uncut(placed)) is None:
+            continue  # its lists have room for all features
         beyond = np.asarray(keys, np.int64) - placement.threshold
         owner = np.full(len(beyond), placement.owner) if placement.kind == "table_wise" else beyond % ranks
         cell = np.repeat(np.arange(rows), lengths) * ranks + owner

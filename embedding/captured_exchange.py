@@ -6,14 +6,16 @@ gradients summed here and then over all ranks. All sizes are fixed, and nothing 
 list is too short is noted in the guard before anything is written, by all ranks alike; whoever reads that there runs
 the batch again with ``exact`` buffers.
 
-Shapes: T tables of one key a bag, W ranks, G rows of the global batch, B of this rank, F = first + T places, D columns,
-H replicated rows, C_o most rows that rank o sends to one other.
+Tables that are cut into as many parts of their columns are a group with lists and messages of its own; most runs have
+one, of whole tables.
+
+Shapes: T tables, U features of one key a row, W ranks, G rows of the global batch, B of this rank, F = first + U
+places, D columns.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,34 +23,28 @@ import numpy as np
 from dlrm.config import OptimizerConfig
 from dlrm.device import Array, Device
 from dlrm.errors import ConfigError
-from dlrm.scalars import OVERFLOW, SIZE
-from embedding.batch import check_arrays, check_trains
-from embedding.captured_placement import SIGMAS, longer, pair_capacities, place_tables
-from embedding.captured_sums import CapturedSums
-from embedding.captured_update import CapturedUpdate
+from dlrm.scalars import OVERFLOW
+from embedding.batch import check_arrays
+from embedding.captured_group import ExchangedGroup, ExchangeForm
+from embedding.captured_placement import SIGMAS
+from embedding.column_groups import column_groups
 from embedding.comm import Comm
-from embedding.exchange_buffers import ExchangeBuffers, wire_type
-from embedding.exchange_route import FlatRoute, Route, call
-from embedding.frequent_rows import place_features
-from embedding.held_tables import HeldTables
-from embedding.node_route import NodeRoute, Nodes
-from embedding.pair_lists import PairLists, count_pairs, list_pairs
+from embedding.exchange_buffers import ExchangeBuffers, GroupBuffers
 from embedding.placement import Plan
-from embedding.reduce_way import ring_bytes
-from embedding.row_moves import move_rows
-from embedding.runs import UnitUpdate
-from embedding.sparse_optim import mark_touched, sgd_one_hot
-from embedding.topology import Topology, share_of
+from embedding.table import Shard
+from embedding.topology import Topology
 from embedding.wire import Precision
 
 
-class ExchangedEmbedding(HeldTables):
+class ExchangedEmbedding:
     """All tables, over the GPUs of a run.
 
     Attributes:
+        specs: the tables, in manifest order.
+        plan: where they lie.
+        comm: the ranks; carries buffers of the device.
         topology: of ``comm``.
         first: place of table 0 in the vectors.
-        room: how many times as long lists are made as is expected to be enough.
     """
 
     def __init__(
@@ -73,7 +69,7 @@ class ExchangedEmbedding(HeldTables):
         features: Sequence[int] | None = None,
         lists: Mapping[str, Array] | None = None,
     ) -> None:
-        """Allocate and initialise what this rank holds.
+        """Allocate and initialise what this rank holds (collective).
 
         Args:
             plan: placements of all tables on ``comm.size`` ranks.
@@ -90,14 +86,15 @@ class ExchangedEmbedding(HeldTables):
                 the same on all ranks; ``None``: lists have room for whatever keys there may be.
             sigmas: standard deviations that lists have room for above what is expected.
             hierarchical: rows and gradients go by node (``node_route``); ``topology`` has groups of the device then.
-            distinct: of each rank the most rows that a node asks for (``captured_placement.node_rows``); ``None``: as
-                many as lists have room for.
+            distinct: of each rank the most rows of tables that are not cut that a node asks for
+                (``captured_placement.node_rows``); ``None``: as many as lists have room for.
             listed: in training rows are not put into the vectors: whoever reads them finds them by ``lists.sources`` in
-                ``weight`` and among what has come (``FlatRoute.come``); not with ``hierarchical``.
+                ``weight`` and among what has come (``FlatRoute.come``); not with ``hierarchical``, nor where tables
+                are cut by columns.
             sends: with ``listed``: gradients of rows that travel, and without sums as they come those of this rank's
                 own rows, are written where ``lists.slots`` says, and not to ``grad_vectors``.
             features: the table of each feature, which has one key a row; ``None``: every table is one.
-            lists: the frequent rows of tables that list them (``HeldTables``).
+            lists: the frequent rows of each table whose placement is ``listed``, ascending [threshold] int64.
 
         Raises:
             ConfigError: the plan is for other ranks, has placements that GPUs do not do, or lacks a list.
@@ -105,34 +102,80 @@ class ExchangedEmbedding(HeldTables):
         """
         if plan.ranks != comm.size:
             raise ConfigError(f"plan: made for {plan.ranks} ranks, but there are {comm.size}; plan again")
-        self.topology, self.first = topology, first
-        self._optimizer, self._deterministic = optimizer, deterministic
-        self._precision, self._shares, self._sigmas = exchange_precision, shares, sigmas
-        self._dim = plan.specs[0].dim
-        self._distinct, self.room = distinct, 1.0
-        self._listed, self._sends = listed, sends
-        self._nodes = Nodes.of(topology) if hierarchical and topology is not None else None
-        others = [rank for rank in range(comm.size) if rank != comm.rank]
-        order = (*others, comm.rank) if self._nodes is None else self._nodes.order
-        adds = optimizer.kind == "sgd" and np.dtype(table_dtype) == np.float32 and not deterministic
-        placed = place_tables(
-            plan, rank=comm.rank, first=first, device=device, optimizer=optimizer, dtype=table_dtype, seed=seed,
-            own_pads=not adds or hierarchical, frequent_pads=deterministic, order=order,
-            features=features,
+        self.specs, self.plan, self.comm, self.topology, self.first = plan.specs, plan, comm, topology, first
+        self._device = device
+        self._features = list(range(len(plan.specs)) if features is None else features)
+        groups = column_groups(plan, self._features, first)
+        form = ExchangeForm(
+            comm=comm, topology=topology, device=device, optimizer=optimizer, table_dtype=table_dtype, seed=seed,
+            deterministic=deterministic, precision=exchange_precision, sigmas=sigmas, hierarchical=hierarchical,
+            listed=listed and len(groups) == 1, sends=sends,
         )  # fmt: skip
-        super().__init__(plan, placed, lists or {}, comm, device)
-        self._adds, self._features = adds, len(placed.features)
-        self._sums = CapturedSums(placed, device, comm, optimizer.kind, ordered=deterministic)
-        self._unit = UnitUpdate.create(device)
+        self._groups = [
+            ExchangedGroup(
+                group, form, None if shares is None else shares[list(group.tables)],
+                distinct if group.parts == 1 else None, lists or {},
+            )
+            for group in groups
+        ]  # fmt: skip
 
     @property
     def weight(self) -> Array:
-        """[R, D], the rows that lie here."""
-        return self._placed.store.weight
+        """[R, D], the rows that lie here, where no table is cut by columns."""
+        return self._groups[0].weight
+
+    @property
+    def room(self) -> float:
+        """How many times as long lists of whole tables are made as is expected to be enough."""
+        return self._groups[0].room
 
     def slots(self, buffers: ExchangeBuffers) -> Array | None:
         """``lists.slots`` of a batch, if gradients are to be written there."""
-        return buffers.lists.slots[: len(self.specs) * buffers.num_rows] if self._sends else None
+        return self._groups[0].slots(buffers.groups[0])
+
+    # --- what checkpoints ask for
+
+    def shards(self) -> list[Shard]:
+        """What this rank holds as arrays of the host, in manifest order; of one table, replicated rows first.
+
+        Call ``settle`` before reading and ``spread`` after writing them; ``touched`` is that of the moment.
+        """
+        return self._in_order([shard for group in self._groups for shard in group.shards()])
+
+    def resident(self) -> list[Shard]:
+        """As ``shards``, but where the rows lie, and up to date; call ``spread_resident`` after writing them."""
+        return self._in_order([shard for group in self._groups for shard in group.resident()])
+
+    def _in_order(self, shards: list[Shard]) -> list[Shard]:
+        order = {spec.name: place for place, spec in enumerate(self.specs)}
+        return sorted(shards, key=lambda shard: order[shard.table])
+
+    def settle(self) -> None:
+        """Bring the arrays of ``shards`` up to date."""
+        for group in self._groups:
+            group.settle()
+
+    def spread(self) -> None:
+        """Take over what was written into the arrays of ``shards`` (collective)."""
+        for group in self._groups:
+            group.spread()
+
+    def spread_resident(self) -> None:
+        """Take over what was written into the arrays of ``resident`` (collective)."""
+        for group in self._groups:
+            group.spread_resident()
+
+    def track_touched(self) -> None:
+        """Note from now on which rows are updated; before anything is captured."""
+        for group in self._groups:
+            group.track_touched()
+
+    def clear_touched(self) -> None:
+        """Forget which rows were updated."""
+        for group in self._groups:
+            group.clear_touched()
+
+    # --- batches
 
     def buffers(
         self,
@@ -147,17 +190,21 @@ class ExchangedEmbedding(HeldTables):
             capacity: most rows of any rank: a whole batch over the ranks, rounded up; the same on every rank.
             vectors: [capacity or more, F, D] C-contiguous; the output.
             grad_vectors: the same shape; its gradients. ``None``: forward only.
-            capacities: most rows that each rank sends to one other; ``None``: as ``shares`` tells.
+            capacities: most rows of whole tables that each rank sends to one other; ``None``: as ``shares`` tells.
 
         Raises:
             ConfigError: an array has another shape, dtype or layout.
         """
-        check_arrays(vectors, grad_vectors, capacity, (self.first + self._features, self._dim), vectors.dtype)
-        keys = self._device.zeros(max(1, self._features * capacity * self.comm.size), np.int32)
-        if capacities is None:
-            capacities = pair_capacities(self.plan, capacity, self._shares, self._sigmas, self.room)
-        distinct = self._distinct and [math.ceil(self.room * most) for most in self._distinct]
-        return self._make(capacity, vectors, grad_vectors, keys, capacities, distinct)
+        shape = (self.first + len(self._features), self.specs[0].dim)
+        check_arrays(vectors, grad_vectors, capacity, shape, vectors.dtype)
+        keys = self._device.zeros(max(1, len(self._features) * capacity * self.comm.size), np.int32)
+        made = [
+            group.buffers(capacity, vectors, grad_vectors, keys, capacities if group.whole else None)
+            for group in self._groups
+        ]
+        return ExchangeBuffers(
+            capacity=capacity, vectors=vectors, grad_vectors=grad_vectors, keys=keys, groups=tuple(made)
+        )
 
     def make_room(self, buffers: ExchangeBuffers) -> None:
         """Have the lists of buffers that are made from now on hold a quarter more than this batch needs.
@@ -165,7 +212,7 @@ class ExchangedEmbedding(HeldTables):
         Args:
             buffers: after ``input_dist``; they stay as they are.
         """
-        self.room *= longer(self._device.to_host(buffers.lists.totals), buffers.lists.capacities)
+        self._each(buffers, lambda group, own: group.make_room(own))
 
     def exact(self, buffers: ExchangeBuffers, rows: int, global_rows: int) -> ExchangeBuffers:
         """The same batch with lists of the length that it needs, after ``input_dist``; the host waits for counts.
@@ -175,59 +222,14 @@ class ExchangedEmbedding(HeldTables):
             rows: B.
             global_rows: G.
         """
-        call(self._device, count_pairs, buffers.named, global_rows, self._placed.layout, buffers.lists)
-        capacities = self._device.to_host(buffers.lists.totals).max(axis=1).tolist()
-        same = buffers.capacity, buffers.vectors, buffers.grad_vectors, buffers.keys
-        made = self._make(*same, tuple(capacities), None)
-        made.exact = True
-        self.input_dist(made, rows, global_rows)
+        made = ExchangeBuffers(
+            capacity=buffers.capacity, vectors=buffers.vectors, grad_vectors=buffers.grad_vectors, keys=buffers.keys,
+            groups=tuple(
+                group.exact(own, rows, global_rows) for group, own in zip(self._groups, buffers.groups, strict=True)
+            ),
+        )  # fmt: skip
+        made.num_rows, made.global_rows = rows, global_rows
         return made
-
-    def _make(
-        self,
-        capacity: int,
-        vectors: Array,
-        grad_vectors: Array | None,
-        keys: Array,
-        capacities: tuple[int, ...],
-        distinct: Sequence[int] | None,
-    ) -> ExchangeBuffers:
-        device, placed = self._device, self._placed
-        trains = grad_vectors is not None
-        relay, size = (None, 0) if self._nodes is None or not trains else self._nodes.relays(capacities)
-        lists = PairLists.create(
-            device,
-            placed.layout,
-            capacity,
-            capacities,
-            own=trains and self._adds,
-            listed=trains and self._listed,
-            relay_start=relay,
-            relay_size=size,
-        )
-        buffers = ExchangeBuffers(
-            capacity=capacity, vectors=vectors, grad_vectors=grad_vectors, keys=keys, lists=lists,
-            route=self._route(lists, wire_type(self._precision, vectors.dtype), distinct, trains=trains),
-        )  # fmt: skip
-        if self._with_lists:
-            buffers.places = device.zeros(len(keys), np.int64 if self._frequent.wide else np.int32)
-        if not trains:
-            return buffers
-        buffers.guard = device.zeros(SIZE, np.float32)
-        buffers.update = CapturedUpdate(
-            self._optimizer, placed.flat, np.zeros(1, np.bool_), np.zeros(1, np.int64), max(1, len(buffers.route.keys)),
-            one_hot=True, weighted=False, deterministic=self._deterministic, device=device,
-        )  # fmt: skip
-        buffers.order = self._sums.order(capacity)
-        return buffers
-
-    def _route(self, lists: PairLists, wire: Any, distinct: Sequence[int] | None, *, trains: bool) -> Route:
-        layout, device = self._placed.layout, self._device
-        if self._nodes is None:
-            return FlatRoute(lists, self.comm, device, self._dim, wire)
-        assert self.topology is not None
-        rooms = [self.comm.size * most for most in lists.capacities] if distinct is None else distinct
-        return NodeRoute(layout, lists, self.topology, device, self._dim, wire, rooms, trains=trains)
 
     def input_dist(self, buffers: ExchangeBuffers, rows: int, global_rows: int) -> None:
         """Find out from the keys in ``buffers`` what travels, and bring it into order where an update needs it.
@@ -240,44 +242,25 @@ class ExchangedEmbedding(HeldTables):
         Raises:
             ConfigError: the batch is larger than the buffers.
         """
-        if share_of(global_rows, self.comm.size, 0) > buffers.capacity:
-            raise ConfigError(
-                f"batch: {global_rows} rows on {self.comm.size} ranks, but the buffers hold {buffers.capacity} of each"
-            )
         buffers.num_rows, buffers.global_rows = rows, global_rows
-        lists, layout = buffers.lists, self._placed.layout
-        lists.touched.fill(0)
-        lists.relay.fill(layout.relay_pad)
-        if self._with_lists:
-            call(self._device, place_features, buffers.keys, global_rows, self._frequent, buffers.places)
-        call(self._device, count_pairs, buffers.named, global_rows, layout, lists)
-        call(self._device, list_pairs, buffers.named, global_rows, layout, lists)
-        if buffers.update is None:
-            return
-        route, unit = buffers.route, self._unit
-        route.prepare()
-        if count := self._named(buffers):
-            buffers.update.prepare(route.keys[:count], unit.no_offsets, unit.no_weights, count)
-        self._sums.prepare(lists, rows, buffers.order)
+        for group, own in zip(self._groups, buffers.groups, strict=True):
+            own.keys = buffers.keys
+            group.input_dist(own, rows, global_rows)
 
     def lookup(self, buffers: ExchangeBuffers, *, local: bool = True) -> None:
         """Put the rows that others ask for side by side, and with ``local`` those that lie here into the vectors."""
-        buffers.route.pack(self._placed.store.weight)
-        if local and not len(buffers.lists.sources):
-            self.lookup_local(buffers)
+        self._each(buffers, lambda group, own: group.lookup(own, local=local))
 
     def lookup_local(self, buffers: ExchangeBuffers) -> None:
         """Put the rows that lie here into the vectors; other rows may be on their way meanwhile."""
-        places = buffers.num_rows * self._placed.layout.num_places
-        target = self._flat(buffers.vectors)[:places]
-        call(self._device, move_rows, self._placed.store.weight, buffers.lists.local[:places], target, None)
+        self._each(buffers, lambda group, own: group.lookup_local(own))
 
     def output_dist(self, buffers: ExchangeBuffers) -> None:
         """Bring the rows to the ranks that ask for them."""
-        buffers.route.outward(None if len(buffers.lists.sources) else self._flat(buffers.vectors))
-        if self._nodes is not None:
-            # Distinct rows are counted by those whom they concern.
-            self.comm.all_reduce(buffers.lists.flag, "max").wait()
+        self._each(buffers, lambda group, own: group.output_dist(own))
+        flag = buffers.lists.flag
+        for other in buffers.groups[1:]:
+            self._device.xp.bitwise_or(flag, other.lists.flag, out=flag)
 
     def grad_dist(self, buffers: ExchangeBuffers) -> None:
         """Send the gradients ``grad_vectors`` to the owners, and sum those of replicated rows.
@@ -285,10 +268,7 @@ class ExchangedEmbedding(HeldTables):
         Raises:
             ConfigError: the buffers are forward only.
         """
-        check_trains(buffers.grad_vectors)
-        gradients = None if self._listed and self._sends else self._flat(buffers.grad_vectors)
-        buffers.route.inward(gradients, buffers.scale(self.comm.size), own=not self._adds)
-        self._sums.reduce(buffers.lists, buffers.num_rows, buffers.order, buffers.grad_vectors)
+        self._each(buffers, lambda group, own: group.grad_dist(own))
 
     def sparse_update(self, buffers: ExchangeBuffers, scalars: Array, guard: Array) -> None:
         """Update the rows that the global batch looked up, from gradients times the loss scale.
@@ -298,34 +278,7 @@ class ExchangedEmbedding(HeldTables):
             scalars: see ``dlrm.scalars``.
             guard: see ``dlrm.scalars``; ``raise_overflow`` has been called for this batch.
         """
-        update, lists, placed = buffers.update, buffers.lists, self._placed
-        assert update is not None, "forward only"
-        rows, layout, store, unit = buffers.num_rows, placed.layout, placed.store, self._unit
-        told = buffers.told(guard, self.comm.size, self._device)
-        if self._adds and rows:
-            keys = lists.own[: self._features * rows]
-            call(
-                self._device, sgd_one_hot, store.weight, layout.own_start, keys, layout.place, rows,
-                buffers.grad_vectors, scalars, guard,
-            )  # fmt: skip
-        if count := self._named(buffers):
-            route = buffers.route
-            update.update(
-                route.keys[:count], unit.no_offsets, unit.no_weights, count, route.gradients[:, None], scalars, told
-            )
-        self._sums.update(lists, scalars, guard)
-        self._note_touched(buffers)
-
-    def _note_touched(self, buffers: ExchangeBuffers) -> None:
-        """Also where the guard kept a row: saving a row too many is no harm."""
-        if self._touched is None:
-            return
-        given = buffers.lists.given
-        if len(given):
-            rest = (self._unit.no_offsets, self._placed.flat.row_start, len(given), self._touched)
-            call(self._device, mark_touched, given, *rest, beside="embedding.row_sort")
-        frequent = self._touched[: self._placed.frequent].view(np.uint8)
-        self._device.xp.bitwise_or(frequent, buffers.lists.touched, out=frequent)
+        self._each(buffers, lambda group, own: group.sparse_update(own, scalars, guard))
 
     def raise_overflow(self, buffers: ExchangeBuffers, guard: Array) -> None:
         """Note in the guard that a list of this batch ran over; once a step, before anything is written.
@@ -341,20 +294,9 @@ class ExchangedEmbedding(HeldTables):
 
     def bytes_sent(self, buffers: ExchangeBuffers) -> dict[str, int]:
         """Bytes that a batch hands to the carrier for other ranks, inside nodes and between (``capacity_bytes``)."""
-        row_bytes, (outward, inward) = self._dim * buffers.route.gradients.dtype.itemsize, buffers.route.sent_rows
-        reduced = 0 if buffers.grad_vectors is None else ring_bytes(self._sums.num_bytes, self.comm.size)
-        flag = 0 if self._nodes is None else ring_bytes(buffers.lists.flag.nbytes, self.comm.size)
-        return {
-            "input_dist": 0,
-            "output_dist": outward * row_bytes,
-            "grad_dist": 0 if buffers.grad_vectors is None else inward * row_bytes,
-            "all_reduce": reduced + flag,
-        }
+        sent = [group.bytes_sent(own) for group, own in zip(self._groups, buffers.groups, strict=True)]
+        return {name: sum(own[name] for own in sent) for name in sent[0]}
 
-    def _named(self, buffers: ExchangeBuffers) -> int:
-        """Rows that the update is told of one by one: without this rank's own where these are added up by key."""
-        route = buffers.route
-        return len(route.keys) - route.own * self._adds
-
-    def _flat(self, vectors: Array) -> Array:
-        return vectors.reshape(-1, self._dim)
+    def _each(self, buffers: ExchangeBuffers, work: Callable[[ExchangedGroup, GroupBuffers], None]) -> None:
+        for group, own in zip(self._groups, buffers.groups, strict=True):
+            work(group, own)

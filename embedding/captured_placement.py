@@ -14,9 +14,10 @@ import numpy as np
 
 from dlrm.config import OptimizerConfig
 from dlrm.device import Array, Device
-from dlrm.errors import ConfigError, DeviceError
+from dlrm.errors import DeviceError
+from embedding.column_groups import ColumnGroup, uncut
 from embedding.pair_lists import PairLayout
-from embedding.placement import Placement, Plan, TableSpec
+from embedding.placement import Plan, TableSpec
 from embedding.row_layout import rows_of
 from embedding.table import Part, Shard, ShardStore, create_shards
 from embedding.topology import start_of
@@ -44,7 +45,6 @@ class CapturedPlacement:
         frequent: H, replicated rows.
         frequent_start: [T] int64 of the host, store row of each table's first replicated row.
         own_start: [T] int64 of the host, store row of this rank's first own row of each table.
-        features: [V] the table of each feature.
     """
 
     store: ShardStore
@@ -53,33 +53,16 @@ class CapturedPlacement:
     frequent: int
     frequent_start: Array
     own_start: Array
-    features: Array
 
     def shards(self) -> list[Shard]:
         """The store's shards of the device; those without rows and the padding are left out."""
         return [shard for shard in self.store.shards[:-1] if len(shard.rows)]
 
 
-def check_placements(specs: Sequence[TableSpec], placements: Sequence[Placement]) -> None:
-    """Refuse what captured steps do not do.
-
-    Raises:
-        ConfigError: a table is cut by columns, or dims differ.
-    """
-    if len({spec.dim for spec in specs}) > 1:
-        raise ConfigError(f"tables: dims {sorted({spec.dim for spec in specs})} differ; give all tables one dim")
-    for spec, placement in zip(specs, placements, strict=True):
-        if placement.kind == "column_wise":
-            raise ConfigError(
-                f"table '{spec.name}': placement column_wise runs on CPUs alone; use table_wise, row_wise or hybrid"
-            )
-
-
 def place_tables(
-    plan: Plan,
+    group: ColumnGroup,
     *,
     rank: int,
-    first: int,
     device: Device,
     optimizer: OptimizerConfig,
     dtype: Any,
@@ -87,14 +70,12 @@ def place_tables(
     own_pads: bool,
     frequent_pads: bool,
     order: Sequence[int],
-    features: Sequence[int] | None = None,
 ) -> CapturedPlacement:
     """Allocate and initialise what ``rank`` holds.
 
     Args:
-        plan: placements of all tables.
+        group: the tables, or parts of tables.
         rank: this one.
-        first: place of table 0 in the vectors.
         device: holds it.
         optimizer: of the tables.
         dtype: of the tables: float32, float16 or bfloat16 as uint16.
@@ -102,15 +83,11 @@ def place_tables(
         own_pads: lists of own rows are filled up with the row of padding, otherwise with -1.
         frequent_pads: the same of what stands for rows that are not replicated, with row H.
         order: the ranks in the order of their chunks, ``rank`` last.
-        features: [V] the table of each feature, which has one key a row; ``None``: every table is one.
 
     Raises:
-        ConfigError: see ``check_placements``.
         DeviceError: there are too many rows.
     """
-    specs, placements, ranks = plan.specs, plan.placements, plan.ranks
-    check_placements(specs, placements)
-    dim = specs[0].dim
+    specs, placements, ranks = group.plan.specs, group.plan.placements, group.plan.ranks
     threshold = np.array([placement.threshold for placement in placements], np.int64)
     frequent_start = np.cumsum(threshold) - threshold
     own = [rows_of(spec, placement, ranks, rank) for spec, placement in zip(specs, placements, strict=True)]
@@ -121,13 +98,14 @@ def place_tables(
     total = frequent + int(held.sum())
     if total >= MOST_ROWS:
         raise DeviceError(f"tables: {total} rows on rank {rank}, but a GPU takes {MOST_ROWS - 1}; use more ranks")
-    columns = range(dim)
-    parts = [Part(spec, range(size), columns, True) for spec, size in zip(specs, threshold.tolist(), strict=True)]
-    parts += [Part(spec, rows, columns) for spec, rows in zip(specs, own, strict=True)]
+    columns, dim = group.columns, group.dim
+    replicas = [range(size) for size in threshold.tolist()]
+    parts = [Part(*held, True) for held in zip(specs, replicas, columns, strict=True)]
+    parts += [Part(*held) for held in zip(specs, own, columns, strict=True)]
     parts.append(Part.whole(TableSpec(name=_PADDING, rows=1, dim=dim)))
     own_start = frequent + np.cumsum(held) - held
     store = create_shards(parts, dim, device=device, optimizer=optimizer, dtype=dtype, seed=seed)
-    xp, of = device.xp, np.arange(len(specs)) if features is None else np.array(features, np.int64)
+    xp, of = device.xp, group.features
     owner = [placement.owner if placement.kind == "table_wise" else -1 for placement in placements]
     pads = frequent - frequent_start if frequent_pads else np.full(len(specs), -1)
     layout = PairLayout(
@@ -135,8 +113,9 @@ def place_tables(
         owner=xp.asarray(np.array(owner, np.int32)[of]),
         frequent_start=xp.asarray(frequent_start[of]),
         own_start=xp.asarray(own_start[of]),
-        place=xp.asarray(np.arange(first, first + len(of))),
-        num_places=first + len(of),
+        keys_of=xp.asarray(group.keys_of),
+        place=xp.asarray(group.place),
+        num_places=group.num_places,
         ranks=ranks,
         rank=rank,
         own_pad=total if own_pads else -1,
@@ -151,7 +130,6 @@ def place_tables(
     flat = ShardStore(store.shards, store.weight, store.state, xp.asarray(np.zeros(1, np.int64)))
     return CapturedPlacement(
         store=store, flat=flat, layout=layout, frequent=frequent, frequent_start=frequent_start, own_start=own_start,
-        features=of,
     )  # fmt: skip
 
 
@@ -164,10 +142,12 @@ def owner_shares(plan: Plan, rows: Sequence[Array], weights: Sequence[Array] | N
         weights: how often each of them is; ``None``: as often as it stands there.
 
     Returns:
-        [T, W] float64; what is left to 1 is of replicated rows.
+        [T, W] float64; what is left to 1 is of replicated rows. 0 of tables that are cut by columns.
     """
     shares = np.zeros((len(plan.specs), plan.ranks))
-    for table, (placement, own) in enumerate(zip(plan.placements, rows, strict=True)):
+    for table, (placed, own) in enumerate(zip(plan.placements, rows, strict=True)):
+        if (placement := uncut(placed)) is None:
+            continue
         if placement.kind == "table_wise":
             shares[table, placement.owner] = 1.0
             continue
@@ -180,7 +160,12 @@ def owner_shares(plan: Plan, rows: Sequence[Array], weights: Sequence[Array] | N
 
 
 def pair_capacities(
-    plan: Plan, rows: int, shares: Array | None, sigmas: float = SIGMAS, factor: float = 1.0
+    plan: Plan,
+    rows: int,
+    shares: Array | None,
+    sigmas: float = SIGMAS,
+    factor: float = 1.0,
+    features: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
     """How many rows each rank can send to one other in a batch.
 
@@ -190,11 +175,13 @@ def pair_capacities(
         shares: [T, W], see ``owner_shares``; ``None``: whatever the keys may be.
         sigmas: standard deviations above what is expected.
         factor: how many times as much there is to be.
+        features: the table of each feature of one key a row; ``None``: every table is one.
     """
     capacities = []
     for rank in range(plan.ranks):
         most, mean, variance = 0, 0.0, 0.0
-        for table, (spec, placement) in enumerate(zip(plan.specs, plan.placements, strict=True)):
+        for table in range(len(plan.specs)) if features is None else features:
+            spec, placement = plan.specs[table], plan.placements[table]
             if placement.kind == "table_wise":
                 share = float(placement.owner == rank)
             elif len(rows_of(spec, placement, plan.ranks, rank)) == 0:
@@ -222,7 +209,7 @@ def longer(totals: Array, capacities: Sequence[int]) -> float:
 
 
 def node_rows(plan: Plan, keys: Array, nodes: Sequence[Sequence[int]], sigmas: float = SIGMAS) -> tuple[int, ...]:
-    """How many distinct rows of each rank a node may ask for in a batch.
+    """How many distinct rows of each rank, of tables that are not cut by columns, a node may ask for in a batch.
 
     Args:
         plan: placements of all tables.
@@ -240,7 +227,9 @@ def most_distinct(plan: Plan, by_node: Sequence[Array | Sequence[Array]], sigmas
     most = np.zeros(plan.ranks)
     for own in by_node:
         found = np.zeros(plan.ranks)
-        for table, placement in enumerate(plan.placements):
+        for table, placed in enumerate(plan.placements):
+            if (placement := uncut(placed)) is None:
+                continue
             beyond = np.unique(np.asarray(own[table], np.int64)) - placement.threshold
             if placement.kind == "table_wise":
                 found[placement.owner] += len(beyond)

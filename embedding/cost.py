@@ -254,10 +254,10 @@ GroupKey = tuple[int, int]
 def group_loads(
     specs: Sequence[TableSpec], placements: Sequence[Placement], costs: Sequence[TableCost], workload: Workload
 ) -> dict[GroupKey, GroupLoad]:
-    """The loads of the groups; in captured steps all tables are one."""
+    """The loads of the groups; in captured steps all tables that are not cut by columns are one."""
     groups: dict[GroupKey, GroupLoad] = {}
     for spec, placement, cost in zip(specs, placements, costs, strict=True):
-        group = (ROWS, 0) if workload.captured else group_of(spec, placement)
+        group = (len(placement.owners), 0) if workload.captured else group_of(spec, placement)
         load = groups.setdefault(group, GroupLoad(workload.ranks))
         load.add(placement, owner_shares(placement, workload.ranks), cost)
     return groups
@@ -283,7 +283,7 @@ class _Adding:
     def exchange(self, group: GroupKey, load: GroupLoad) -> None:
         """Keys there, vectors back, gradients there."""
         (parts, bag_keys), work, shape, links = group, self._work, self._shape, self._links
-        mode = self._mode if parts == ROWS else "flat"  # pooled vectors travel flat
+        mode = self._mode if parts == ROWS or work.captured else "flat"  # pooled vectors travel flat
         # Gradients that were rounded on the way cannot be summed there; those of captured steps are rounded after it.
         exact = work.captured or work.exchange_itemsize == work.itemsize
         summed = load.node if mode == "hierarchical" and shape.nodes > 1 and exact else None

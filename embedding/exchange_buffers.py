@@ -23,11 +23,11 @@ _WIRE_TYPES: dict[Precision, Any] = {"fp32": np.float32, "fp16": np.float16, "bf
 
 
 @dataclass(slots=True, kw_only=True)
-class ExchangeBuffers(BatchBuffers):
-    """One batch in flight.
+class GroupBuffers(BatchBuffers):
+    """What one group of tables keeps of a batch in flight.
 
     Attributes:
-        keys: [T * G] int32 of the device, table-major; written by whoever uploads the batch.
+        keys: [T * G] int32 of the device, table-major, of all groups.
         places: [T * G], where tables list their frequent rows: the same as places (``frequent_rows``).
         lists: what travels.
         route: how it travels.
@@ -66,6 +66,29 @@ class ExchangeBuffers(BatchBuffers):
         unscale = self.guard[UNSCALE : UNSCALE + 1]
         device.xp.multiply(unscale, np.float32(1.0 / scale), out=unscale)
         return self.guard
+
+
+@dataclass(slots=True, kw_only=True)
+class ExchangeBuffers(BatchBuffers):
+    """One batch in flight.
+
+    Attributes:
+        keys: [T * G] int32 or int64 of the device, table-major; written by whoever uploads the batch.
+        groups: what each group of tables keeps of it.
+    """
+
+    keys: Array
+    groups: tuple[GroupBuffers, ...]
+
+    @property
+    def lists(self) -> PairLists:
+        """What travels of the first group; once rows have travelled, its ``flag`` is that of all."""
+        return self.groups[0].lists
+
+    @property
+    def route(self) -> Route:
+        """How it travels."""
+        return self.groups[0].route
 
 
 def wire_type(precision: Precision, vectors: Any) -> Any:

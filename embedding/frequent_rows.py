@@ -117,13 +117,13 @@ class FrequentRows:
         )
 
     def on(self, device: Device, features: Sequence[int]) -> FrequentRows:
-        """The same on a device, for features that each have the keys of one of the tables."""
+        """The same on a device, for features that each have the keys of one of the tables; -1: of another one."""
         xp, of = device.xp, np.asarray(features, np.int64)
         return FrequentRows(
-            word_start=xp.asarray(self.word_start[of]),
+            word_start=xp.asarray(np.append(self.word_start, _NOT_LISTED)[of]),
             words=xp.asarray(self.words),
             before=xp.asarray(self.before),
-            threshold=xp.asarray(self.threshold[of]),
+            threshold=xp.asarray(np.append(self.threshold, 0)[of]),
             wide=self.wide,
         )
 

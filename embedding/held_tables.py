@@ -8,29 +8,27 @@ import numpy as np
 
 from dlrm.device import Array, Device
 from embedding.captured_placement import CapturedPlacement
+from embedding.column_groups import ColumnGroup
 from embedding.comm import Comm
 from embedding.frequent_rows import FrequentRows, Homes, check_lists
-from embedding.placement import Plan
 from embedding.store_mirrors import StoreMirrors
 from embedding.table import Shard
 
 
 class HeldTables:
-    """The rows of one rank. Of tables that list their frequent rows, shards are the rows' homes (``frequent_rows``).
+    """The rows of one group of tables; of listed frequent rows shards have the homes (``frequent_rows``).
 
     Attributes:
-        specs: the tables, in manifest order.
-        plan: where they lie.
         comm: the ranks; carries buffers of the device.
     """
 
     def __init__(
-        self, plan: Plan, placed: CapturedPlacement, lists: Mapping[str, Array], comm: Comm, device: Device
+        self, group: ColumnGroup, placed: CapturedPlacement, lists: Mapping[str, Array], comm: Comm, device: Device
     ) -> None:
         """Fill the replicas of listed rows from their homes (collective).
 
         Args:
-            plan: placements of all tables.
+            group: the tables.
             placed: what this rank holds.
             lists: the frequent rows of each table whose placement is ``listed``, ascending [threshold] int64.
             comm: the ranks.
@@ -39,54 +37,49 @@ class HeldTables:
         Raises:
             ConfigError: a listed table has no list, or one that does not fit.
         """
-        self.specs, self.plan, self.comm = plan.specs, plan, comm
-        self._placed, self._device = placed, device
+        plan, self.comm = group.plan, comm
+        self._group, self._placed, self._device = group, placed, device
         self._mirrors = StoreMirrors(device, placed.shards())
         self._touched: Array | None = None
         rows = check_lists(plan.specs, plan.placements, lists)
         self._with_lists = {spec.name for spec, own in zip(plan.specs, rows, strict=True) if own is not None}
-        self._frequent = FrequentRows.create(plan.specs, rows).on(device, placed.features)
+        self._frequent = FrequentRows.create(plan.specs, rows).on(device, group.part_of_feature)
         self._homes = Homes.create(rows, placed.frequent_start, placed.own_start, comm.size, comm.rank, device)
         self._fill()
 
     def shards(self) -> list[Shard]:
-        """What this rank holds as arrays of the host, in manifest order; of one table, replicated rows first.
-
-        Call ``settle`` before reading and ``spread`` after writing them; ``touched`` is that of the moment.
-        """
-        return self._in_order(self._mirrors.all(self._touched))
+        """See ``ExchangedEmbedding``, in the order of the group."""
+        return self._shown(self._mirrors.all(self._touched))
 
     def resident(self) -> list[Shard]:
-        """As ``shards``, but where the rows lie, and up to date; call ``spread_resident`` after writing them."""
+        """See ``ExchangedEmbedding``, in the order of the group."""
         self._gather()
-        return self._in_order(self._mirrors.resident(self._touched))
+        return self._shown(self._mirrors.resident(self._touched))
 
-    def _in_order(self, shards: list[Shard]) -> list[Shard]:
-        order = {spec.name: place for place, spec in enumerate(self.specs)}
-        shown = [shard for shard in shards if not (shard.replicated and shard.table in self._with_lists)]
-        return sorted(shown, key=lambda shard: order[shard.table])
+    def _shown(self, shards: list[Shard]) -> list[Shard]:
+        return [shard for shard in shards if not (shard.replicated and shard.table in self._with_lists)]
 
     def settle(self) -> None:
-        """Bring the arrays of ``shards`` up to date."""
+        """See ``ExchangedEmbedding``."""
         self._gather()
         self._mirrors.settle()
 
     def spread(self) -> None:
-        """Take over what was written into the arrays of ``shards`` (collective)."""
+        """See ``ExchangedEmbedding``."""
         self._mirrors.spread()
         self._fill()
 
     def spread_resident(self) -> None:
-        """Take over what was written into the arrays of ``resident`` (collective)."""
+        """See ``ExchangedEmbedding``."""
         self._fill()
 
     def track_touched(self) -> None:
-        """Note from now on which rows are updated; before anything is captured."""
+        """See ``ExchangedEmbedding``."""
         if self._touched is None:
             self._touched = self._device.zeros(len(self._placed.store.weight), np.bool_)
 
     def clear_touched(self) -> None:
-        """Forget which rows were updated."""
+        """See ``ExchangedEmbedding``."""
         if self._touched is not None:
             self._touched.fill(0)
 

@@ -45,8 +45,9 @@ DEVICE int owner_of(int64 key, int64 threshold, int owner, int ranks) {
 
 // counts[o, r, n] = rows of owner o in rank r's tile n.
 KERNEL void __launch_bounds__(THREADS) count_owners(
-    const KEY* __restrict__ keys, const int64* __restrict__ threshold, const int* __restrict__ owner, int ranks,
-    int bits, int num_tables, uint32 global_rows, uint32 chunks, uint32* __restrict__ counts, int* __restrict__ flag) {
+    const KEY* __restrict__ keys, const int* __restrict__ keys_of, const int64* __restrict__ threshold,
+    const int* __restrict__ owner, int ranks, int bits, int num_tables, uint32 global_rows, uint32 chunks,
+    uint32* __restrict__ counts, int* __restrict__ flag) {
   DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   if (blockIdx.x == 0 && threadIdx.x == 0) *flag = 0;
@@ -56,7 +57,7 @@ KERNEL void __launch_bounds__(THREADS) count_owners(
   for (int o = lane; o < ranks; o += LANES) own[o] = 0;
   __syncwarp();
   const Tile tile = tile_of(index, global_rows, ranks, num_tables, chunks);
-  const KEY* tile_keys = keys + int64(tile.table) * global_rows + tile.begin;
+  const KEY* tile_keys = keys + int64(keys_of[tile.table]) * global_rows + tile.begin;
   const int64 limit = threshold[tile.table];
   const int table_owner = owner[tile.table];
   for (int round = 0; round < tile.count; round += LANES) {
@@ -125,9 +126,9 @@ DEVICE void pad_lists(int ranks, int rank, const int* capacity, const int* asked
 }
 
 KERNEL void __launch_bounds__(THREADS) list_owners(
-    const KEY* __restrict__ keys, const int64* __restrict__ threshold, const int* __restrict__ owner,
-    const int64* __restrict__ frequent_start, const int64* __restrict__ own_start, const int64* __restrict__ place,
-    const int* __restrict__ frequent_pad, int num_places, int ranks, int bits, int rank, int own_pad, int num_tables,
+    const KEY* __restrict__ keys, const int* __restrict__ keys_of, const int64* __restrict__ threshold,
+    const int* __restrict__ owner, const int64* __restrict__ frequent_start, const int64* __restrict__ own_start,
+    const int64* __restrict__ place, const int* __restrict__ frequent_pad, int num_places, int ranks, int bits, int rank, int own_pad, int num_tables,
     uint32 global_rows, uint32 chunks, const int* __restrict__ capacity, const int* __restrict__ asked_start,
     const int* __restrict__ chunk_of, const uint32* __restrict__ counts, const uint32* __restrict__ totals, int* __restrict__ asked,
     int* __restrict__ given, int* __restrict__ local, int* __restrict__ sources, int* __restrict__ slots,
@@ -144,7 +145,7 @@ KERNEL void __launch_bounds__(THREADS) list_owners(
   uint32* known = reinterpret_cast<uint32*>(shared) + warp * ranks;  // rows of each owner up to here
   for (int o = lane; o < ranks; o += LANES) known[o] = counts[(int64(o) * ranks + tile.rank) * tiles + tile.number];
   __syncwarp();
-  const KEY* tile_keys = keys + int64(tile.table) * global_rows + tile.begin;
+  const KEY* tile_keys = keys + int64(keys_of[tile.table]) * global_rows + tile.begin;
   const int64 limit = threshold[tile.table], first_frequent = frequent_start[tile.table];
   const int64 first_own = own_start[tile.table];
   const int table_owner = owner[tile.table], own_capacity = capacity[rank], own_place = int(place[tile.table]);

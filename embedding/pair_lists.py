@@ -7,7 +7,8 @@ have to be is counted for every pair, so that all ranks see at once when one run
 Of each table, rows below its threshold lie on every rank. Of the others, row r lies on rank ``(r - threshold) % W``, or
 all on the table's owner. A rank's store holds the replicated rows first, then its own, and one row for padding at last.
 
-What a table is here may be one of several *features* that share a table's rows.
+What a table is here may be one of several *features* that share a table's rows, or one of several parts of a table's
+columns, which share its keys.
 
 Shapes: W ranks, T tables of one key a bag, G rows of the global batch, B of this rank, F places of the vectors, N tiles
 of one rank's keys (each of one table), C_o most rows that rank o sends to one other.
@@ -43,6 +44,7 @@ class PairLayout:
         owner: [T] int32, the rank that has all others; -1: they are spread over the ranks.
         frequent_start: [T] int64, store row of each table's first replicated row.
         own_start: [T] int64, store row of this rank's first own row of each table.
+        keys_of: [T] int32, which of the batch's tables it has the keys of.
         place: [T] int64, where each table's vector goes.
         num_places: F.
         ranks: W.
@@ -61,6 +63,7 @@ class PairLayout:
     owner: Array
     frequent_start: Array
     own_start: Array
+    keys_of: Array
     place: Array
     num_places: int
     ranks: int
@@ -189,17 +192,23 @@ def owners_of(keys: Array, layout: PairLayout) -> Array:
     return np.where(beyond < 0, replicated, np.where(owner >= 0, owner, beyond % layout.ranks))
 
 
+def _keys_of(keys: Array, global_rows: int, layout: PairLayout) -> Array:
+    """[T, G]."""
+    batch = int(layout.keys_of.max(initial=-1)) + 1
+    return keys[: batch * global_rows].reshape(batch, global_rows)[layout.keys_of]
+
+
 def count_pairs(keys: Array, global_rows: int, layout: PairLayout, lists: PairLists) -> None:
     """Count what travels between every pair of ranks.
 
     Args:
-        keys: [T * G or more] int32 or int64, table-major, inside their tables; negative: none.
+        keys: [tables of the batch * G or more] int32 or int64, table-major, inside their tables; negative: none.
         global_rows: G.
         layout: of the tables.
         lists: ``counts``, ``totals`` and ``flag`` are written.
     """
     tables, ranks = len(layout.threshold), layout.ranks
-    owners = owners_of(keys[: tables * global_rows].reshape(tables, global_rows), layout)
+    owners = owners_of(_keys_of(keys, global_rows, layout), layout)
     chunks = tiles_of(share_of(global_rows, ranks, 0))
     flat = lists.counts.reshape(-1)[: ranks * ranks * tables * chunks].reshape(ranks, ranks, tables * chunks)
     for rank in range(ranks):
@@ -223,8 +232,8 @@ def list_pairs(keys: Array, global_rows: int, layout: PairLayout, lists: PairLis
         lists: after ``count_pairs``; everything else is written, of ``local``, ``sources``, ``slots``, ``frequent`` and
             ``own`` the places of the batch's rows. ``touched`` has to be 0 before, ``relay`` all ``relay_pad``.
     """
-    tables, ranks, rank = len(layout.threshold), layout.ranks, layout.rank
-    keys = keys[: tables * global_rows].reshape(tables, global_rows).astype(np.int64)
+    ranks, rank = layout.ranks, layout.rank
+    keys = _keys_of(keys, global_rows, layout).astype(np.int64)
     owners = owners_of(keys, layout)
     threshold = layout.threshold[:, None]
     beyond = np.where(layout.owner[:, None] >= 0, keys - threshold, (keys - threshold) // ranks)

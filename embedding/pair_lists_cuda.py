@@ -25,8 +25,9 @@ def count_pairs(keys: Any, global_rows: int, layout: PairLayout, lists: PairList
         return
     ranks, defines = layout.ranks, (("KEY", c_type(keys)),)
     load(SOURCE, "count_owners", defines)(
-        blocks, THREADS, keys, layout.threshold, layout.owner, np.int32(ranks), _bits(ranks), np.int32(tables),
-        np.uint32(global_rows), np.uint32(chunks), lists.counts, lists.flag, shared_bytes=4 * _WARPS * ranks,
+        blocks, THREADS, keys, layout.keys_of, layout.threshold, layout.owner, np.int32(ranks), _bits(ranks),
+        np.int32(tables), np.uint32(global_rows), np.uint32(chunks), lists.counts, lists.flag,
+        shared_bytes=4 * _WARPS * ranks,
     )  # fmt: skip
     load(SOURCE, "add_tiles", defines)(
         ranks * ranks, THREADS, lists.counts, np.uint32(tables * chunks), np.int32(ranks), lists.capacity,
@@ -44,13 +45,14 @@ def list_pairs(keys: Any, global_rows: int, layout: PairLayout, lists: PairLists
         return
     ranks = layout.ranks
     load(SOURCE, "list_owners", (("KEY", c_type(keys)),))(
-        blocks, THREADS, keys, layout.threshold, layout.owner, layout.frequent_start, layout.own_start, layout.place,
-        layout.frequent_pad, np.int32(layout.num_places), np.int32(ranks), _bits(ranks), np.int32(layout.rank),
-        np.int32(layout.own_pad), np.int32(tables), np.uint32(global_rows), np.uint32(chunks), lists.capacity,
-        lists.asked_start, layout.chunk_of, lists.counts, lists.totals, lists.asked, lists.given, lists.local,
-        lists.sources, lists.slots, np.int32(len(lists.sources) > 0), lists.frequent, lists.replicated, lists.own,
-        np.int32(len(lists.own) > 0), lists.touched, layout.relay_row_start, lists.relay_start, lists.relay,
-        np.int32(len(lists.relay) > 0), shared_bytes=4 * _WARPS * ranks,
+        blocks, THREADS, keys, layout.keys_of, layout.threshold, layout.owner, layout.frequent_start,
+        layout.own_start, layout.place, layout.frequent_pad, np.int32(layout.num_places), np.int32(ranks),
+        _bits(ranks), np.int32(layout.rank), np.int32(layout.own_pad), np.int32(tables), np.uint32(global_rows),
+        np.uint32(chunks), lists.capacity, lists.asked_start, layout.chunk_of, lists.counts, lists.totals,
+        lists.asked, lists.given, lists.local, lists.sources, lists.slots, np.int32(len(lists.sources) > 0),
+        lists.frequent, lists.replicated, lists.own, np.int32(len(lists.own) > 0), lists.touched,
+        layout.relay_row_start, lists.relay_start, lists.relay, np.int32(len(lists.relay) > 0),
+        shared_bytes=4 * _WARPS * ranks,
     )  # fmt: skip
 
 

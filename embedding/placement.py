@@ -17,6 +17,9 @@ Kind = Literal["replicated", "table_wise", "row_wise", "column_wise", "hybrid"]
 AllToAll = Literal["flat", "hierarchical"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+COLUMN_MULTIPLE = 4
+"""Between GPUs rows travel, and are rounded, by so many columns."""
+
 UPDATE_BYTES = 4
 """Of a row's memory, what the update needs for itself however few columns lie here."""
 

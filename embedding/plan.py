@@ -15,6 +15,7 @@ from embedding.exchange_cost import Shape
 from embedding.frequency import Frequency, candidate_thresholds, hugectr_threshold
 from embedding.links import DEFAULT, LinkRates
 from embedding.placement import (
+    COLUMN_MULTIPLE,
     AllToAll,
     Kind,
     Placement,
@@ -176,7 +177,8 @@ def make_plans(
         memory_limit_bytes: what a rank may hold of tables, state and gradients of replicated rows.
         deduplicate: of tables whose ``placements`` say nothing about it.
         all_to_all: ``auto``: whichever is predicted to be faster.
-        captured: steps have fixed sizes (``captured_exchange``), and no table is cut by columns but where it is forced.
+        captured: steps have fixed sizes (``captured_exchange``), and no table is cut by columns but where it is
+            forced, as rows travel in any case.
 
     Returns:
         The plan that is predicted to be fastest, then plans of other families (another exchange, other kinds) that
@@ -209,7 +211,7 @@ def make_plans(
         for spec in specs
     ]
     rule = (None if deduplicate == "auto" else deduplicate, ranks, optimizer)
-    options = [allowed_placements(spec, forced.get(spec.name, Forced()), *rule, columns=not captured) for spec in specs]
+    options = [allowed_placements(spec, forced.get(spec.name, Forced()), *rule, captured=captured) for spec in specs]
     search = Search(
         specs,
         demands,
@@ -240,7 +242,7 @@ def allowed_placements(
     ranks: int,
     optimizer: OptimizerConfig,
     *,
-    columns: bool = True,
+    captured: bool = False,
 ) -> list[Placement]:
     """The placements that one table may have, owners not decided.
 
@@ -250,7 +252,7 @@ def allowed_placements(
         deduplicate: what the config says of all.
         ranks: W.
         optimizer: of the tables.
-        columns: whether a table may be cut by columns where nothing is forced.
+        captured: as ``make_plans`` has it.
 
     Raises:
         ConfigError: the forced placement cannot be.
@@ -268,8 +270,9 @@ def allowed_placements(
     if kind is None and ranks == 1:
         return [Placement(kind="table_wise")]  # nothing to exchange, nothing to choose
     found: list[Placement] = []
-    if kind == "column_wise" or (kind is None and columns):
-        found += _column_wise(spec, ranks, optimizer, forced=kind is not None)
+    if kind == "column_wise" or (kind is None and not captured):
+        multiple = COLUMN_MULTIPLE if captured else 1
+        found += _column_wise(spec, ranks, optimizer, multiple, forced=kind is not None)
     if kind in (None, "replicated"):
         found.append(Placement(kind="replicated", threshold=spec.rows))
     thresholds = candidate_thresholds(spec.rows) if threshold is None else [threshold]
@@ -292,7 +295,9 @@ def _at_threshold(spec: TableSpec, threshold: int, deduplicate: bool) -> Placeme
     return Placement(kind="hybrid", threshold=threshold, deduplicate=deduplicate)
 
 
-def _column_wise(spec: TableSpec, ranks: int, optimizer: OptimizerConfig, *, forced: bool) -> list[Placement]:
+def _column_wise(
+    spec: TableSpec, ranks: int, optimizer: OptimizerConfig, multiple: int, *, forced: bool
+) -> list[Placement]:
     """Columns cut into as many parts as there are ranks, or the most that divide them."""
     if optimizer.kind == "rowwise_adagrad":
         if forced:
@@ -301,12 +306,14 @@ def _column_wise(spec: TableSpec, ranks: int, optimizer: OptimizerConfig, *, for
                 "a whole row, and no owner of columns sees one; use 'adagrad' or another placement"
             )
         return []
-    parts = max(count for count in range(1, min(ranks, spec.dim) + 1) if spec.dim % count == 0)
+    cuts = range(1, min(ranks, spec.dim) + 1)
+    parts = max((count for count in cuts if spec.dim % (count * multiple) == 0), default=1)
     if parts == 1 and ranks > 1:
         if forced:
             raise ConfigError(
-                f"table '{spec.name}': column_wise cannot cut dim {spec.dim} into equal parts for up to {ranks} "
-                "ranks; use row_wise, or a dim with a divisor among them"
+                f"table '{spec.name}': column_wise cannot cut dim {spec.dim} into equal parts"
+                f"{f' of a multiple of {multiple} columns' * (multiple > 1)} for up to {ranks} ranks; use row_wise, "
+                "or a dim with a divisor among them"
             )
         return []
     return [Placement(kind="column_wise", owners=tuple(range(parts)))]

@@ -251,7 +251,8 @@ def fuses(field: str, wish: bool | str, config: RunConfig, model: DenseModel, *,
         raise DeviceError(
             f"cuda.{field}: {'several' if several else 'one or more'} ranks, {config.precision}, {model.num_vectors} "
             f"vectors of {config.model.embedding_dim} columns, but it takes one rank (in training several, not "
-            f"by node), fp16 or bf16, at most {MOST_VECTORS} vectors and a multiple of 8 columns; set it to auto"
+            f"by node, no table column_wise), fp16 or bf16, at most {MOST_VECTORS} vectors and a multiple of 8 "
+            "columns; set it to auto"
         )
     return bool(wish) and fits
 
@@ -316,14 +317,15 @@ def join_captured(
         config, dataset, comm=comm, topology=nodes, device=device, carrier=carrier.comm, carrier_name=carrier.name,
         sharing=carrier.sharing, local_ranks=local_ranks or topology.local_size, saved=saved,
     )  # fmt: skip
-    by_node = carrier.comm is not None and plan.all_to_all == "hierarchical"
+    cut = any(placement.kind == "column_wise" for placement in plan.placements)
+    no_room = carrier.comm is not None and (cut or plan.all_to_all == "hierarchical")
     layout = dataset.layout
     if carrier.comm is not None and layout is not None and not layout.plain:
         layout = None  # the host decodes bags that are exchanged
     fused_train = (
         layout is not None
         and layout.plain
-        and fuses("fused_train", config.cuda.fused_train, config, model, several=by_node)
+        and fuses("fused_train", config.cuda.fused_train, config, model, several=no_room)
     )
     embedding = build_captured(
         config, plan, carrier, nodes, device, model.first,

@@ -12,7 +12,8 @@ from dlrm.config import RunConfig
 from dlrm.device import Device
 from dlrm.errors import ConfigError
 from embedding.bag_room import BagRoom, BagSample
-from embedding.captured_placement import SIGMAS, check_placements, node_rows, owner_shares
+from embedding.captured_placement import SIGMAS, node_rows, owner_shares
+from embedding.column_groups import check_placements
 from embedding.comm import Comm
 from embedding.device_links import probe_device
 from embedding.frequent_rows import check_lists, places_of_rows

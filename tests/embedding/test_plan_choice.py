@@ -198,6 +198,15 @@ def test_columns_that_cannot_be_cut_are_refused() -> None:
         make_plan([TableSpec(name="t", rows=9, dim=7)], 4, batch_size=8, optimizer=SGD, placements={"t": "column_wise"})
 
 
+def test_column_parts_between_gpus_are_multiples_of_four_columns() -> None:
+    rules = {"batch_size": 8, "optimizer": SGD, "placements": {"t": "column_wise"}}
+    for captured, parts in ((False, 8), (True, 4)):
+        plan = make_plan([TableSpec(name="t", rows=9, dim=16)], 8, captured=captured, **rules)
+        assert len(plan.placements[0].owners) == parts
+    with pytest.raises(ConfigError, match="dim 6 into equal parts of a multiple of 4 columns for up to 8 ranks"):
+        make_plan([TableSpec(name="t", rows=9, dim=6)], 8, captured=True, **rules)
+
+
 def test_rowwise_adagrad_is_never_cut_by_columns_unasked() -> None:
     specs = [TableSpec(name="t", rows=50, dim=64)]
     plan = make_plan(specs, 4, batch_size=64, optimizer=ROWWISE, links=links_of(1e6, 1e6))

@@ -60,6 +60,7 @@ def some_layout(rng: np.random.Generator, ranks: int, sizes: list[int], pads: bo
     order = [*rng.permutation([other for other in range(ranks) if other != rank]).tolist(), rank]
     return PairLayout(
         threshold=threshold.astype(np.int64), owner=owner.astype(np.int32), frequent_start=start, own_start=own_start,
+        keys_of=rng.integers(0, tables, tables).astype(np.int32),
         place=rng.permutation(tables + 1)[:tables].astype(np.int64), num_places=tables + 1, ranks=ranks, rank=rank,
         own_pad=int(own_start[-1] + sizes[-1]) if pads else -1,
         frequent_pad=(frequent - start if pads else np.full(tables, -1)).astype(np.int32), frequent=frequent,
@@ -283,7 +284,9 @@ class KernelDevice(HostDevice):
             return None
 
 
-@pytest.mark.parametrize(("number", "ranks"), [(0, 2), (4, 3), (7, 2), (8, 4), (9, 3), (10, 2), (11, 4), (12, 4)])
+@pytest.mark.parametrize(
+    ("number", "ranks"), [(0, 2), (4, 3), (7, 2), (8, 4), (9, 3), (10, 2), (11, 4), (12, 4), (18, 4), (20, 3)]
+)
 def test_ranks_train_as_one(machine: Any, number: int, ranks: int) -> None:
     if not machine.emulated:
         pytest.skip("ranks that are threads exchange arrays of the host")

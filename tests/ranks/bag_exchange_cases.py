@@ -46,6 +46,9 @@ def plan_of(case: BagCase, ranks: int) -> Plan:
         threshold = round(rows * case.threshold)
         if kind == "table_wise":
             placements.append(Placement(kind="table_wise", owner=(table + 1) % ranks))
+        elif kind == "column_wise":
+            owners = xc.column_owners(table, case.dim, ranks)
+            placements.append(Placement(kind="column_wise", owners=owners))
         elif kind == "replicated" or (kind == "hybrid" and threshold >= rows):
             placements.append(Placement(kind="replicated", threshold=rows))
         elif kind in ("hybrid", "listed") and threshold:
@@ -216,6 +219,7 @@ def run_alone(case: BagCase) -> xc.Expected:
     return xc.Expected(seen, {shard.table: xc.arrays_of(shard) for shard in shards}, touched)
 
 
+CUT = ("column_wise", "column_wise", "hybrid", "column_wise", "table_wise", "column_wise")
 KINDS = ("sgd", "momentum", "adagrad", "rowwise_adagrad", "adam", "ftrl")
 CASES = (
     *(BagCase(seed=number, kind=kind, threshold=(0.0, 0.3, 1.0)[number % 3]) for number, kind in enumerate(KINDS)),
@@ -231,5 +235,8 @@ CASES = (
     BagCase(seed=28, nodes=2, dim=8, weighted=True),
     BagCase(seed=32, nodes=2, kind="adam", deterministic=True),
     BagCase(seed=36, nodes=2, short=0.4, kind="rowwise_adagrad"),
+    BagCase(seed=37, kinds=CUT, dim=24, weighted=True),
+    BagCase(seed=38, kinds=CUT, dim=16, kind="adam", deterministic=True, short=0.4, grows=True),
+    BagCase(seed=39, kinds=("column_wise",) * 6, dim=16, nodes=2),
     BagCase(seed=40, kinds=("listed", "row_wise", "listed", "listed", "listed", "table_wise"), threshold=0.2),
 )  # fmt: skip

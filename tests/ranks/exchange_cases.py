@@ -46,6 +46,12 @@ def optimizer(case: ExchangeCase) -> OptimizerConfig:
     return OptimizerConfig(kind=case.kind, eps=0.05, initial_accumulator=0.1)  # type: ignore[arg-type]
 
 
+def column_owners(table: int, dim: int, ranks: int) -> tuple[int, ...]:
+    """The owners of a table's parts of columns; of some tables as many as can be, of others fewer."""
+    cuts = [parts for parts in range(1, ranks + 1) if dim % (4 * parts) == 0]
+    return tuple((table + part) % ranks for part in range(cuts[-1 - table % len(cuts)]))
+
+
 def plan_of(case: ExchangeCase, ranks: int) -> Plan:
     specs = tuple(TableSpec(name=f"t{i}", rows=rows, dim=case.dim) for i, rows in enumerate(case.rows))
     made = {
@@ -54,6 +60,7 @@ def plan_of(case: ExchangeCase, ranks: int) -> Plan:
         "table_wise": lambda table, rows: Placement(kind="table_wise", owner=(table + 1) % ranks),
         "row_wise": lambda table, rows: Placement(kind="row_wise"),
         "replicated": lambda table, rows: Placement(kind="replicated", threshold=rows),
+        "column_wise": lambda table, rows: Placement(kind="column_wise", owners=column_owners(table, case.dim, ranks)),
     }
     placements = [made[kind](table, case.rows[table]) for table, kind in enumerate(case.kinds)]
     return Plan(specs=specs, placements=tuple(placements), ranks=ranks)
@@ -86,7 +93,7 @@ class Outcome:
     """What one rank saw and has: vectors of each batch, arrays of each shard, overflows met."""
 
     vectors: list[np.ndarray]
-    shards: list[tuple[str, range, bool, dict[str, np.ndarray], np.ndarray]]
+    shards: list[tuple[str, range, range, bool, dict[str, np.ndarray], np.ndarray]]
     overflows: int
 
 
@@ -212,7 +219,7 @@ def train(case: ExchangeCase, comm: Any, device: Any = None, host: Any = None) -
 def outcome_of(trainer: Trainer, seen: list[np.ndarray], overflows: int) -> Outcome:
     """What a rank has at the end."""
     shards = [
-        (shard.table, shard.rows, shard.replicated, arrays_of(shard), np.array(shard.touched))
+        (shard.table, shard.rows, shard.columns, shard.replicated, arrays_of(shard), np.array(shard.touched))
         for shard in trainer.shards()
     ]
     return Outcome(seen, shards, overflows)
@@ -266,34 +273,36 @@ def check(case: ExchangeCase, outcome: Outcome, expected: Expected, rank: int, r
             outcome.vectors[step], expected.vectors[step][mine], rtol=tolerance, atol=tolerance, err_msg=f"step {step}"
         )
     assert outcome.shards
-    for table, rows, _, arrays, touched in outcome.shards:
+    for table, rows, columns, _, arrays, touched in outcome.shards:
         where = slice(rows.start, rows.stop, rows.step)
         np.testing.assert_array_equal(touched, expected.touched[table][where], err_msg=table)
         for name, array in arrays.items():
             want = expected.tables[table][name][where]
+            want = want[:, columns.start : columns.stop] if want.ndim > 1 else want
             np.testing.assert_allclose(array, want, rtol=tolerance, atol=tolerance, err_msg=f"{table}.{name}")
 
 
 def check_all(case: ExchangeCase, outcomes: list[Outcome], expected: Expected | None = None) -> None:
-    """All ranks' outcomes, and that every row lies on exactly one rank or on all, with the same bits."""
+    """All ranks' outcomes, and that every column of a row lies on exactly one rank or on all, with the same bits."""
     expected = expected or run_alone(case)
-    held: dict[str, np.ndarray] = {f"t{i}": np.zeros(rows, np.int64) for i, rows in enumerate(case.rows)}
+    held = {f"t{i}": np.zeros((rows, case.dim), np.int64) for i, rows in enumerate(case.rows)}
     replicas: dict[str, dict[str, np.ndarray]] = {}
     for rank, outcome in enumerate(outcomes):
         check(case, outcome, expected, rank, len(outcomes))
-        for table, rows, replicated, arrays, _ in outcome.shards:
+        for table, rows, columns, replicated, arrays, _ in outcome.shards:
             if replicated and rank:
                 for name, array in arrays.items():
                     np.testing.assert_array_equal(array, replicas[table][name], err_msg=f"replica {rank} of {table}")
                 continue
             if replicated:
                 replicas[table] = arrays
-            held[table][rows.start : rows.stop : rows.step] += 1
+            held[table][rows.start : rows.stop : rows.step, columns.start : columns.stop] += 1
     assert all((count == 1).all() for count in held.values())
     assert len({outcome.overflows for outcome in outcomes}) == 1
 
 
 LISTED = ("listed", "table_wise", "listed", "listed", "hybrid", "replicated")
+CUT = ("column_wise", "listed", "column_wise", "replicated", "table_wise", "column_wise")
 CASES = (
     *(ExchangeCase(seed=number, kind=kind) for number, kind in enumerate(
         ("sgd", "momentum", "adagrad", "rowwise_adagrad", "adam", "ftrl"))),
@@ -310,4 +319,9 @@ CASES = (
     ExchangeCase(seed=17, kinds=("row_wise",) * 6, batches=(2, 1, 2)),
     ExchangeCase(seed=28, kinds=LISTED, kind="adam", deterministic=True),
     ExchangeCase(seed=30, kinds=LISTED, nodes=2, short=0.4),
+    ExchangeCase(seed=31, kinds=CUT, dim=24),
+    ExchangeCase(seed=32, kinds=CUT, dim=48, kind="adam", deterministic=True, precision="bf16"),
+    ExchangeCase(seed=33, kinds=CUT, dim=16, kind="adagrad", short=0.4),
+    ExchangeCase(seed=34, kinds=CUT, dim=16, nodes=2, first=0),
+    ExchangeCase(seed=35, kinds=("column_wise",) * 6, dim=16, kind="ftrl"),
 )  # fmt: skip

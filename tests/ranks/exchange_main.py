@@ -25,7 +25,7 @@ def main() -> None:
         outcome = xc.train(case, comm)
         xc.check(case, outcome, xc.run_alone(case), comm.rank, comm.size)
         assert (outcome.overflows > 0) == (case.short < 1)
-        for table, _, replicated, arrays, _ in outcome.shards:
+        for table, _, _, replicated, arrays, _ in outcome.shards:
             if not replicated:
                 continue
             for name, array in arrays.items():

@@ -19,8 +19,10 @@ from dlrm.errors import ConfigError
 from embedding.batch_cost import capacity_bytes
 from embedding.captured_exchange import ExchangedEmbedding
 from embedding.captured_placement import node_rows, owner_shares, pair_capacities
+from embedding.column_groups import column_groups
 from embedding.comm import SingleComm
 from embedding.comm_counting import CountingComm
+from embedding.frequent_rows import places_of_rows
 from embedding.placement import Placement, Plan, TableSpec, node_of_ranks
 from embedding.topology import share_of
 
@@ -45,20 +47,32 @@ def test_exchange_by_nodes(nodes: int, ranks: int, seed: int) -> None:
 
 @pytest.mark.parametrize("by_node", [False, True])
 @pytest.mark.parametrize(
-    ("ranks", "nodes", "precision"), [(2, 1, "fp32"), (3, 3, "fp32"), (4, 2, "fp32"), (4, 2, "bf16"), (6, 2, "fp32")]
+    ("ranks", "nodes", "precision", "kinds"),
+    [(2, 1, "fp32", None), (3, 3, "fp32", None), (4, 2, "fp32", xc.CUT), (4, 2, "bf16", None), (6, 2, "fp32", xc.CUT)],
 )
-def test_bytes_are_those_of_the_capacities(ranks: int, nodes: int, precision: str, by_node: bool, seed: int) -> None:
+def test_bytes_are_those_of_the_capacities(
+    ranks: int, nodes: int, precision: str, kinds: tuple[str, ...] | None, by_node: bool, seed: int
+) -> None:
     """What the formula says, what the tables say and what reached the carrier on both levels, whatever the keys are."""
-    case = xc.ExchangeCase(seed=seed, precision=precision, nodes=nodes if by_node else 1, batches=(300, 300, 300))
-    plan, keys = xc.plan_of(case, ranks), xc.draw(case)[0][0]
-    capacities = pair_capacities(plan, share_of(300, ranks, 0), owner_shares(plan, list(keys)))
-    node_of = node_of_ranks(ranks, nodes)
-    plan = replace(plan, nodes=nodes, all_to_all="hierarchical" if by_node and nodes > 1 else "flat")
-    members = [[rank for rank in range(ranks) if node_of[rank] == node] for node in range(nodes)]
-    expected = capacity_bytes(
-        plan, capacities, exchange_itemsize=4 if precision == "fp32" else 2,
-        distinct=node_rows(plan, keys, members) if by_node else None,
+    case = xc.ExchangeCase(
+        seed=seed, precision=precision, nodes=nodes if by_node else 1, batches=(300, 300, 300),
+        kinds=kinds or xc.ExchangeCase.kinds, dim=16,
     )  # fmt: skip
+    plan, keys = xc.plan_of(case, ranks), xc.draw(case)[0][0]
+    plan = replace(plan, nodes=nodes, all_to_all="hierarchical" if by_node and nodes > 1 else "flat")
+    lists = xc.lists_of(case, plan)
+    keys = np.stack([places_of_rows(own, lists.get(f"t{i}")) for i, own in enumerate(keys)])
+    shares, node_of = owner_shares(plan, list(keys)), node_of_ranks(ranks, nodes)
+    members = [[rank for rank in range(ranks) if node_of[rank] == node] for node in range(nodes)]
+    expected: dict[str, Any] = {}
+    for group in column_groups(plan, range(len(case.rows)), case.first):
+        rows, own = share_of(300, ranks, 0), shares[list(group.tables)]
+        found = capacity_bytes(
+            group.plan, pair_capacities(group.plan, rows, own, features=group.features.tolist()),
+            exchange_itemsize=4 if precision == "fp32" else 2,
+            distinct=node_rows(plan, keys, members) if by_node and group.parts == 1 else None,
+        )  # fmt: skip
+        expected = {name: expected.get(name, 0) + values for name, values in found.items()}
 
     def work(comm: Any) -> tuple[list[tuple[int, int]], dict[str, int]]:
         counting = CountingComm(comm, node_of)
@@ -111,7 +125,7 @@ def test_ranks_train_as_one_over_mpi(ranks: int, mpirun: Callable[..., subproces
 @pytest.mark.parametrize(
     ("placement", "message"),
     [
-        (Placement(kind="column_wise", owners=(0,)), "column_wise runs on CPUs alone"),
+        (Placement(kind="column_wise", owners=(0, 0)), "in 2 parts of 2 columns, but between GPUs"),
         (Placement(kind="hybrid", threshold=2, listed=True), "its list of frequent rows must hold 2 distinct ones"),
     ],
 )
