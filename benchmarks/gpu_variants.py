@@ -24,7 +24,7 @@ from embedding import lookup_cuda, sorted_update_cuda
 
 POOL = [
     {},
-    {"POOL_THREADS": 448},
+    {"POOL_THREADS": 384},
     {"POOL_THREADS": 256, "POOL_BLOCKS": 3},
     {"POOL_THREADS": 512},
     {"POOL_THREADS": 512, "AHEAD": 4},

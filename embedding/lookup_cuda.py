@@ -12,7 +12,7 @@ from dlrm.nvrtc import Defines, c_type, load
 
 SOURCE = Path(__file__).with_name("lookup.cu")
 COPY_THREADS = 1024
-POOL = {"POOL_THREADS": 384, "POOL_BLOCKS": 2, "AHEAD": 8, "TASK": 128, "PREFETCH": 0}
+POOL = {"POOL_THREADS": 448, "POOL_BLOCKS": 2, "AHEAD": 8, "TASK": 128, "PREFETCH": 0}
 """How bags are pooled, see ``lookup.cu``; ``benchmarks/gpu_variants.py`` times others."""
 
 
