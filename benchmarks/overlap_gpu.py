@@ -4,10 +4,10 @@
     mpirun -np 2 python -m mpi4py benchmarks/overlap_gpu.py        # two
 
 The product's evaluator and schedules, over rows that are made on the device, kept there, and evaluated again and again.
-One GPU: the whole evaluation (forward and exact metrics) in sequence, in sequence with look-up and interaction as one
-kernel, and overlapped; then training steps, with one kind of overlap after the other switched on. Several: evaluation
-in sequence and overlapped, for each placement of the tables. Variants take turns; medians. ``--device cpu`` tries the
-program.
+One GPU: the whole evaluation (forward and exact metrics) in sequence and overlapped, and the same with look-up and
+interaction as one kernel; then training steps, with one kind of overlap after the other switched on. Several:
+evaluation in sequence and overlapped, for each placement of the tables. Variants take turns; medians. ``--device cpu``
+tries the program.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ STEPS: dict[str, set[S]] = {
 }
 """What is overlapped, one kind after the other; all of ``TRAIN_OVERLAPPED`` besides ``reduce_dense`` in the last."""
 
+FORMS = ("sequential", "overlapped", "fused", "fused, overlapped")
+"""Of evaluations; the last one is what runs of one GPU take."""
 AS_RUNS = "as runs of several GPUs do"
 """Rows travel at the end of the step before."""
 
@@ -106,7 +108,8 @@ def evaluators(engine: Engine, options: argparse.Namespace) -> dict[str, Evaluat
     }
     fuses = getattr(engine.stages, "fused", False)
     if fuses:
-        wanted["fused"] = (fused_schedule(overlapped), True)
+        wanted["fused"] = (fused_schedule(sequential), True)
+        wanted["fused, overlapped"] = (fused_schedule(overlapped), True)
     split, found = engine.dataset.split("test"), {}
     stages: Any = engine.stages
     for name, (schedule, fused) in wanted.items():
@@ -303,7 +306,7 @@ def show_evaluation(comm: Comm, title: str, values: dict[str, Any]) -> None:
         return
     print(f"evaluation, {title}: {values['rows']:,} rows, {values['batches']} batches, AUC {values['auc']:.6f}")
     base = values["sequential"]["forward_s"]
-    for name in ("sequential", "fused", "overlapped"):
+    for name in FORMS:
         if name not in values:
             continue
         own = values[name]
@@ -347,7 +350,7 @@ def show_shares(comm: Comm, results: dict[str, Any], title: str, values: dict[st
     if comm.rank:
         return
     found = results[f"evaluation, {title}"]
-    forms = [found[name] for name in ("fused", "overlapped", "sequential") if name in found]
+    forms = [found[name] for name in FORMS if name in found]
     forward = min(form["forward_s"] for form in forms)
     step = min(values[name]["step_s"] for name in ("sequential", *STEPS, AS_RUNS) if name in values)
     rate, training_rate = found["rows"] / forward, values["batch"] / step

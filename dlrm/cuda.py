@@ -24,6 +24,8 @@ from dlrm.errors import DeviceError
 
 _COMPUTE_FIRST = (8, 0)
 """Oldest compute capability that the kernels are built for."""
+_FIRST = frozenset({"ahead"})
+"""Streams whose blocks take what multiprocessors become free before those of other streams."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,7 @@ class CudaDevice:
     def stream(self, name: str) -> Any:
         """The CuPy stream of that name, made at its first use."""
         if name not in self._streams:
-            self._streams[name] = cupy.cuda.Stream(non_blocking=True)
+            self._streams[name] = cupy.cuda.Stream(non_blocking=True, priority=-int(name in _FIRST))
         return self._streams[name]
 
     def kernel(self, module: str, name: str) -> Kernel | None:

@@ -27,7 +27,7 @@ from pipeline.devices import DTYPES
 from pipeline.frequency_orders import FrequentLists
 from pipeline.overlap import Schedule, choose
 from pipeline.plan_captured import ListRoom, agree_captured_plan, measure_lists
-from pipeline.schedule import EVAL_SEQUENTIAL
+from pipeline.schedule import EVAL_FUSED, Row, at_depth, ring_size
 from pipeline.stages import S
 from pipeline.stages_cuda import CudaStages
 
@@ -286,11 +286,11 @@ def looking_up_beside(schedule: Schedule) -> Schedule:
 
 
 def fused_schedule(schedule: Schedule) -> Schedule:
-    """One stream for an evaluation that has one lane."""
-    uploads = [row for row in schedule.rows if row.stage == S.upload]
-    rows = [row for row in EVAL_SEQUENTIAL if row.stage != S.upload]
-    rows[0] = replace(rows[0], after=(S.upload,))
-    return Schedule((*uploads, *rows), "one GPU runs look-up and interaction as one kernel")
+    """For an evaluation whose look-up and interaction are one kernel: as many batches in flight, or one stream."""
+    depth = ring_size(schedule.rows)
+    if schedule.overlapped and depth > 1:
+        return Schedule(at_depth(EVAL_FUSED, depth), schedule.reason)
+    return Schedule(tuple(Row(row.stage, "main") for row in EVAL_FUSED), schedule.reason)
 
 
 def join_captured(

@@ -80,6 +80,16 @@ EVAL_OVERLAPPED = (
     Row(S.top_forward, "dense", after=(S.output_dist,)),
 )
 
+# On one GPU look-up and interaction can be one kernel, behind the bottom layers: all of a batch but the top layers runs
+# beside those of the batch before. What is ahead takes room first (``dlrm.cuda``).
+EVAL_FUSED = (
+    Row(S.upload, "copy", ahead=3),
+    Row(S.input_dist, "ahead", after=(S.upload,), ahead=1),
+    Row(S.bottom_forward, "ahead", ahead=1),
+    Row(S.lookup, "ahead", ahead=1),
+    Row(S.output_dist, "ahead", ahead=1),
+    Row(S.top_forward, "dense"),
+)
 
 _CHANGING = (S.upload,)
 """Stages whose arguments change from batch to batch; all others find what changes in arrays of their Flight."""

@@ -53,7 +53,8 @@ class Staging:
         numbers: [G, 2] uint32, numbers of rows.
         room: see ``counting_room``.
         host: the batch, whom a fault is asked of.
-        fused: look-up and interaction run as one kernel.
+        fused: look-up and interaction run as one kernel: in training that of ``top_forward``, in a forward pass that of
+            ``lookup``, behind the bottom MLP.
         beside: rows that lie here are looked up beside the exchange of the others.
     """
 
@@ -292,11 +293,13 @@ class CudaStages(Stages):
         self._tables_of_rank.input_dist(flight.embedding, flight.rows, flight.global_rows)
 
     def lookup(self, flight: Flight) -> None:
-        """Gather and pool; nothing where the interaction does it. In training on several GPUs what travels alone."""
+        """Gather and pool; in training nothing where the interaction does it, on several GPUs what travels alone."""
         if self._of_keys is not None:
             self._of_keys.lookup(flight.embedding, local=not flight.staging.beside)
         elif not flight.staging.fused:
             self.embedding.lookup(flight.embedding)
+        elif flight.workspace.grad_vectors is None:
+            self._cross(flight)
 
     def bottom_forward(self, flight: Flight) -> None:
         """Bottom MLP; on several GPUs also the rows that lie here, where nobody else looks them up in training."""
@@ -309,13 +312,17 @@ class CudaStages(Stages):
         if not flight.staging.fused:
             self.model.top_forward(flight.workspace, flight.rows)
             return
-        work, rows = flight.workspace, flight.rows
-        crossed, first, device = work.interaction[:rows], self.model.first, self.device
+        if flight.workspace.grad_vectors is not None:
+            self._cross(flight)
+        self.model.top_mlp_forward(flight.workspace, flight.rows)
+
+    def _cross(self, flight: Flight) -> None:
+        """Look-up and interaction as one kernel."""
+        crossed, first, device = flight.workspace.interaction[: flight.rows], self.model.first, self.device
         if self._of_keys is None:
             gather_interaction(*self._rows_of(flight), crossed, first=first, device=device)
         else:
             listed_interaction(*self._listed_rows_of(flight), crossed, first=first, device=device)
-        self.model.top_mlp_forward(work, rows)
 
     def top_backward(self, flight: Flight) -> None:
         """Gradients of all vectors; the rows are read from the tables again where the interaction looked them up."""

@@ -83,6 +83,23 @@ def test_rows_that_are_read_twice_train_like_rows_that_are_kept(
     np.testing.assert_allclose(losses(tmp_path / "True"), losses(tmp_path / "False"), rtol=1e-6)
 
 
+def test_evaluations_are_the_same_to_the_last_bit_in_every_form(on_gpu: Any, tmp_path: Path) -> None:
+    """Look-up and interaction apart or as one kernel, one batch after the other or lanes beside each other."""
+    found = {}
+    for fused in (True, False):
+        for overlapped in ("always", False):
+            changes = {
+                "precision": "fp16", "deterministic": True, "cuda": {"fused_eval": fused},
+                "overlap": {"eval": overlapped}, "train": {"max_steps": 1 if on_gpu.emulated else STEPS},
+                "data": {"path": "synthetic:criteo-terabyte?rows=10000&scale=20000"} if on_gpu.emulated else {},
+            }  # fmt: skip
+            directory = tmp_path / f"{fused}-{overlapped}"
+            report = run(values(directory, "cuda", on_gpu, **changes)).report
+            found[fused, overlapped] = report["auc"], report["log_loss"]
+            assert records(directory, "start")[0]["overlap"]["eval"]["overlapped"] == bool(overlapped)
+    assert len(set(found.values())) == 1
+
+
 def test_half_precision_reaches_the_same_auc(on_gpu: Any, tmp_path: Path) -> None:
     if on_gpu.emulated:
         pytest.skip("products in half precision need a GPU")

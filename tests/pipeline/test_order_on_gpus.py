@@ -11,7 +11,15 @@ import pytest
 
 from pipeline.engine_cuda import fused_schedule, guarded, looking_up_beside
 from pipeline.overlap import Schedule
-from pipeline.schedule import EVAL_OVERLAPPED, EVAL_SEQUENTIAL, TRAIN_EXCHANGED, TRAIN_OVERLAPPED, at_depth
+from pipeline.schedule import (
+    EVAL_FUSED,
+    EVAL_OVERLAPPED,
+    EVAL_SEQUENTIAL,
+    TRAIN_EXCHANGED,
+    TRAIN_OVERLAPPED,
+    at_depth,
+    ring_size,
+)
 from pipeline.stages import FIELDS, S
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,19 +46,26 @@ def declare(monkeypatch, stage, reads="", writes=""):
     monkeypatch.setitem(FIELDS, stage, (declared[0] | set(reads.split()), declared[1] | set(writes.split())))
 
 
+@pytest.fixture
+def fused(monkeypatch):
+    """In evaluations of one GPU the look-up crosses what it finds with the bottom layers' output."""
+    declare(monkeypatch, S.lookup, reads="vectors.bottom", writes="activations.crossed")
+    declare(monkeypatch, S.top_forward, reads="activations.crossed")
+
+
 @pytest.mark.parametrize("batches", [0, 1, 2, 3, 9])
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_an_evaluation_of_one_lane_is_in_order(depth, batches):
-    """Look-up and interaction are one kernel; what still runs beside it is the upload."""
+def test_an_evaluation_with_look_up_and_interaction_as_one_kernel_is_in_order(fused, depth, batches):
     for rows in (at_depth(EVAL_OVERLAPPED, depth), EVAL_SEQUENTIAL):
-        assert faults_of(fused_schedule(Schedule(rows, "")).rows, batches) == []
+        made = fused_schedule(Schedule(rows, ""))
+        assert ring_size(made.rows) == ring_size(rows)
+        assert made.overlapped == (ring_size(rows) > 1)
+        assert faults_of(made.rows, batches) == []
 
 
-def test_its_wait_cannot_be_deleted():
-    mutants = [
-        without(fused_schedule(Schedule(at_depth(EVAL_OVERLAPPED, depth), "")).rows, S.input_dist, S.upload)
-        for depth in DEPTHS
-    ]
+def test_its_wait_cannot_be_deleted(fused):
+    assert [(row.stage, row.after) for row in EVAL_FUSED if row.after] == [(S.input_dist, (S.upload,))]
+    mutants = [without(at_depth(EVAL_FUSED, depth), S.input_dist, S.upload) for depth in DEPTHS[1:]]
     assert any(faults_of(rows, 9) for rows in mutants)
 
 
