@@ -25,6 +25,8 @@ from dlrm.nvrtc import cache_folder
 WORKSPACE_BYTES = 64 * 1024 * 1024
 _CANDIDATES = 32
 _TIMED, _ROUNDS = 8, 2
+_ALGORITHMS = "graphs"
+"""Subject of a file on disk: algorithms, timed inside graphs."""
 
 _CUDA_TYPES = {"float16": 2, "uint16": 14, "float32": 0, "float64": 1}  # uint16: the bits of bfloat16
 _COMPUTE_32F, _COMPUTE_64F = 68, 70
@@ -125,9 +127,10 @@ class Plan:
         Returns:
             Whether cublasLt has any.
         """
-        kept = _Kept.of_this_gpu().get(self.product)
+        kept = _kept(_ALGORITHMS).get(_key(self.product))
         if kept is not None:
-            self._algorithm, self.milliseconds = kept
+            algorithm = np.frombuffer(bytes.fromhex(kept["algorithm"]), lt.matmul_algo_dtype).copy()
+            self._algorithm, self.milliseconds = algorithm, kept["ms"]
             return True
         candidates = self._candidates()
         if not len(candidates):
@@ -147,7 +150,7 @@ class Plan:
         if best is None:
             return False
         self._algorithm, self.milliseconds = best
-        _Kept.of_this_gpu().put(self.product, *best)
+        _kept(_ALGORITHMS).put(_key(self.product), {"algorithm": best[0].tobytes().hex(), "ms": round(best[1], 5)})
         return True
 
     def _candidates(self) -> Any:
@@ -227,7 +230,7 @@ def _workspace(stream: int) -> Array:  # noqa: ARG001  one for each stream: two 
 
 
 class _Kept:
-    """The algorithms found so far, by product, in a file of this GPU and version of cublasLt."""
+    """What was measured, by key, in a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -236,32 +239,39 @@ class _Kept:
         except (OSError, ValueError):
             self._entries = {}
 
-    @classmethod
-    def of_this_gpu(cls) -> _Kept:
-        device = int(cupy.cuda.runtime.getDevice())
-        name = cupy.cuda.runtime.getDeviceProperties(device)["name"].decode().replace(" ", "-")
-        return _kept(cache_folder() / f"cublaslt-graphs-{lt.get_version()}-{name}.json")
+    def get(self, key: str) -> Any | None:
+        return self._entries.get(key)
 
-    def get(self, product: Product) -> tuple[Any, float] | None:
-        entry = self._entries.get(_key(product))
-        if entry is None:
-            return None
-        return np.frombuffer(bytes.fromhex(entry["algorithm"]), lt.matmul_algo_dtype).copy(), entry["ms"]
-
-    def put(self, product: Product, algorithm: Any, taken_ms: float) -> None:
-        self._entries[_key(product)] = {"algorithm": algorithm.tobytes().hex(), "ms": round(taken_ms, 5)}
+    def put(self, key: str, entry: Any) -> None:
+        self._entries[key] = entry
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as temporary:
                 json.dump(self._entries, temporary)
             Path(temporary.name).replace(self._path)
         except OSError:
-            return  # without the file the next process times them again
+            return  # without the file the next process measures again
+
+
+def _kept(subject: str) -> _Kept:
+    """What is kept about a subject on this GPU, with this version of cublasLt."""
+    return _kept_for(subject, int(cupy.cuda.runtime.getDevice()))
 
 
 @cache
-def _kept(path: Path) -> _Kept:
-    return _Kept(path)
+def _kept_for(subject: str, device: int) -> _Kept:
+    name = cupy.cuda.runtime.getDeviceProperties(device)["name"].decode().replace(" ", "-")
+    return _Kept(cache_folder() / f"cublaslt-{subject}-{lt.get_version()}-{name}.json")
+
+
+def kept_milliseconds(subject: str, form: str, product: Product, issue: Callable[[], None]) -> float:
+    """``milliseconds`` of a form of a product; the file of a subject knows those that were measured before."""
+    kept, key = _kept(subject), f"{form} {_key(product)}"
+    taken: float | None = kept.get(key)
+    if taken is None:
+        taken = milliseconds(issue)
+        kept.put(key, round(taken, 5))
+    return taken
 
 
 def _key(product: Product) -> str:

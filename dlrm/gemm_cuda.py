@@ -3,15 +3,19 @@
 Of a layer's backward pass several forms are timed at its first two uses, and the fastest pair stays:
 
 - data: the product with the mask in its epilogue (``DRELU``), with mask and bias sum (``DRELU_BGRAD``), or plain
-  with a pass of ``relu_cuda`` behind it (the mask alone, or mask and bias sum);
+  with a pass of ``relu_cuda`` behind it (the mask alone, or mask and bias sum); on Hopper also both by a kernel of
+  ``fused_products_cuda`` (``own``, ``own_and_sum``);
 - weights: the plain product, or where the data product left the bias sum out with it in the epilogue (``BGRADB``), or
   the plain one and the sum apart.
+
+The forward product is cublasLt's or, on Hopper, that of ``fused_products_cuda``, whichever is faster at its first use.
 
 Shapes as in ``gemm.py``; bias gradients are float32 beside half-precision activations.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -20,11 +24,14 @@ from pathlib import Path
 import cupy
 import numpy as np
 
-from dlrm.cublaslt import Plan, Product, milliseconds, plan
+from dlrm.cublaslt import Plan, Product, kept_milliseconds, plan
 from dlrm.device import Array
 from dlrm.errors import DeviceError
-from dlrm.nvrtc import c_type, load
+from dlrm.fused_products_cuda import SOURCE as FUSED_SOURCE
+from dlrm.fused_products_cuda import data_product, relu_product, supports
+from dlrm.nvrtc import HEADER, c_type, load
 from dlrm.relu_cuda import BLOCKS, relu_and_sum
+from dlrm.relu_cuda import SOURCE as RELU_SOURCE
 
 _SOURCE = Path(__file__).with_name("gemm.cu")
 _THREADS = 256
@@ -63,17 +70,61 @@ def linear_relu_forward(x: Array, weight: Array, bias: Array, out: Array, mask: 
         _masked.discard(mask.data.ptr)  # until it is written: addresses come again, and so do batches of other sizes
     if len(weight) % _BITS_OF_A_BYTE:  # some byte of the mask would be written in part
         mask = None
-    epilogue, aux_ld = ("RELU_AUX_BIAS", mask.shape[1] * 8) if mask is not None else ("RELU_BIAS", 0)
-    product = _forward(x, weight, out, epilogue, aux_ld)
-    fused = plan(product, _timer(lambda chosen: chosen.run(weight, x, out, bias=bias, mask=mask)))
-    if fused is not None:
-        fused.run(weight, x, out, bias=bias, mask=mask)
+    forms = forward_forms(x, weight, bias, out, mask)
+    if forms:
+        _fastest(_forward(x, weight, out, "RELU_BIAS" if mask is None else "RELU_AUX_BIAS", 0), forms)()
         if mask is not None:
             _masked.add(mask.data.ptr)
         return
+    linear_forward(x, weight, out)
+    bias_relu(out, bias)
+
+
+def linear_forward(x: Array, weight: Array, out: Array) -> None:
+    """``out[:, :O] = x W^T``."""
     plain = _required(_forward(x, weight, out, "DEFAULT", 0), lambda chosen: chosen.run(weight, x, out))
     plain.run(weight, x, out)
-    bias_relu(out, bias)
+
+
+def forward_forms(
+    x: Array, weight: Array, bias: Array, out: Array, mask: Array | None
+) -> dict[str, Callable[[], None]]:
+    """What does the product, the bias and the ReLU of ``linear_relu_forward`` at once, by name."""
+    forms: dict[str, Callable[[], None]] = {}
+    epilogue, aux_ld = ("RELU_AUX_BIAS", mask.shape[1] * 8) if mask is not None else ("RELU_BIAS", 0)
+
+    def run(chosen: Plan) -> None:
+        chosen.run(weight, x, out, bias=bias, mask=mask)
+
+    fused = plan(_forward(x, weight, out, epilogue, aux_ld), _timer(run))
+    if fused is not None:
+        forms["cublasLt"] = partial(run, fused)
+    if supports(x, weight, out, len(weight)):
+        forms["own"] = partial(relu_product, x, weight, bias, out, mask)
+    return forms
+
+
+_fastest_forms: dict[Product, str] = {}
+
+
+def _fastest(product: Product, forms: dict[str, Callable[[], None]]) -> Callable[[], None]:
+    """The fastest of the forms of a product, timed at its first use."""
+    if product not in _fastest_forms and len(forms) > 1 and not _capturing():
+        taken = _taken(product, forms)
+        _fastest_forms[product] = min(taken, key=taken.__getitem__)
+    return forms.get(_fastest_forms.get(product, ""), next(iter(forms.values())))
+
+
+def _taken(product: Product, forms: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Milliseconds of every form of a product, as an earlier process found them or measured now."""
+    return {name: kept_milliseconds(_forms_subject(), name, product, form) for name, form in forms.items()}
+
+
+@cache
+def _forms_subject() -> str:
+    """Other kernels are measured anew."""
+    sources = b"".join(path.read_bytes() for path in (_SOURCE, RELU_SOURCE, FUSED_SOURCE, HEADER))
+    return f"forms-{hashlib.sha256(sources).hexdigest()[:16]}"
 
 
 def linear_data_backward(
@@ -89,13 +140,14 @@ def linear_data_backward(
     if not len(grad):
         grad_bias.fill(0)
         return
-    forms = _data_forms(grad, weight, below, mask, grad_below, grad_bias)
+    forms = data_forms(grad, weight, below, mask, grad_below, grad_bias)
     choice = _choices.get(grad_bias.data.ptr)
     if choice is None:
         choice = _Choice()
         if not _capturing():
-            choice.data_ms = {name: milliseconds(form) for name, form in forms.items()}
-            choice.data = min(_WITHOUT_BIAS & set(forms), key=choice.data_ms.__getitem__)
+            product = _data(grad, weight, grad_below, "DRELU", 0 if mask is None else mask.shape[1] * 8)
+            choice.data_ms = _taken(product, forms)
+            choice.data = min(WITHOUT_BIAS & set(forms), key=choice.data_ms.__getitem__)
             _choices[grad_bias.data.ptr] = choice
     form = choice.data
     if form not in forms:  # a batch of another size, for which cublasLt has no such epilogue
@@ -124,25 +176,25 @@ def linear_weight_backward(grad: Array, x: Array, grad_weight: Array, grad_bias:
     choice = _choices.setdefault(grad_bias.data.ptr, _Choice())
     forms = _weight_forms(grad, x, grad_weight, grad_bias)
     if not choice.settled and not _capturing():
-        weight_ms = {name: milliseconds(form) for name, form in forms.items()}
+        weight_ms = _taken(_weight(grad, x, grad_weight), forms)
         with_bias = min(forms.keys() - {"plain"}, key=weight_ms.__getitem__)
         choice.apart, choice.settled = with_bias == "apart", True
         extra = weight_ms[with_bias] - weight_ms["plain"]
-        times = {name: ms + (0 if name in _WITH_BIAS else extra) for name, ms in choice.data_ms.items()}
+        times = {name: ms + (0 if name in WITH_BIAS else extra) for name, ms in choice.data_ms.items()}
         forms[with_bias]()  # this step's data product left the sum out
         if times:
             choice.data = min(times, key=times.__getitem__)
-            choice.bias_done = choice.data in _WITH_BIAS
+            choice.bias_done = choice.data in WITH_BIAS
         return
     fused = "BGRADB" in forms and not choice.apart
     forms["plain" if choice.bias_done else "BGRADB" if fused else "apart"]()
 
 
-_WITHOUT_BIAS = {"DRELU", "mask"}
-_WITH_BIAS = {"DRELU_BGRAD", "mask_and_sum"}
+WITHOUT_BIAS = {"DRELU", "mask", "own"}
+WITH_BIAS = {"DRELU_BGRAD", "mask_and_sum", "own_and_sum"}
 
 
-def _data_forms(
+def data_forms(
     grad: Array,
     weight: Array,
     below: Array,
@@ -150,29 +202,17 @@ def _data_forms(
     grad_below: Array,
     grad_bias: Array,
 ) -> dict[str, Callable[[], None]]:
-    """What can be done here, by name."""
+    """What can do the data product of ``linear_data_backward`` here, by name."""
     forms: dict[str, Callable[[], None]] = {}
     activation, bits = below, None
     if mask is not None and mask.data.ptr in _masked:
         if _are_bits(mask, below, len(grad_bias)):
             activation, bits = None, mask
-        # Sums of bfloat16 (uint16) would have its 8 bits.
-        for epilogue in ("DRELU",) if grad_below.dtype == np.uint16 else ("DRELU", "DRELU_BGRAD"):
-            product = _data(grad, weight, grad_below, epilogue, mask.shape[1] * 8)
-            bias = _bias_like(grad_bias, grad_below) if epilogue == "DRELU_BGRAD" else None
-
-            def fused(chosen: Plan, bias: Array | None = bias) -> None:
-                chosen.run(weight, grad, grad_below, bias=bias, mask=mask)
-
-            found = plan(product, _timer(fused))
-            if found is not None:
-
-                def run(found: Plan = found, bias: Array | None = bias) -> None:
-                    found.run(weight, grad, grad_below, bias=bias, mask=mask)
-                    if bias is not None and bias is not grad_bias:
-                        grad_bias[...] = bias
-
-                forms[epilogue] = run
+        forms = _library_data_forms(grad, weight, mask, grad_below, grad_bias)
+    columns = weight.shape[1]
+    if bits is not None and len(grad_bias) == columns and supports(grad, weight, grad_below, columns):
+        forms["own"] = partial(data_product, grad, weight, bits, grad_below, None)
+        forms["own_and_sum"] = partial(data_product, grad, weight, bits, grad_below, grad_bias)
 
     def masked() -> None:
         relu_input_backward(grad, weight, grad_below)
@@ -183,6 +223,31 @@ def _data_forms(
         relu_and_sum(grad_below, activation, bits, grad_bias, _partials(len(grad_bias)), len(grad_bias))
 
     forms["mask"], forms["mask_and_sum"] = masked, masked_and_summed
+    return forms
+
+
+def _library_data_forms(
+    grad: Array, weight: Array, mask: Array, grad_below: Array, grad_bias: Array
+) -> dict[str, Callable[[], None]]:
+    """What cublasLt can do in one go, by name."""
+    forms: dict[str, Callable[[], None]] = {}
+    # Sums of bfloat16 (uint16) would have its 8 bits.
+    for epilogue in ("DRELU",) if grad_below.dtype == np.uint16 else ("DRELU", "DRELU_BGRAD"):
+        product = _data(grad, weight, grad_below, epilogue, mask.shape[1] * 8)
+        bias = _bias_like(grad_bias, grad_below) if epilogue == "DRELU_BGRAD" else None
+
+        def fused(chosen: Plan, bias: Array | None = bias) -> None:
+            chosen.run(weight, grad, grad_below, bias=bias, mask=mask)
+
+        found = plan(product, _timer(fused))
+        if found is not None:
+
+            def run(found: Plan = found, bias: Array | None = bias) -> None:
+                found.run(weight, grad, grad_below, bias=bias, mask=mask)
+                if bias is not None and bias is not grad_bias:
+                    grad_bias[...] = bias
+
+            forms[epilogue] = run
     return forms
 
 
@@ -202,11 +267,7 @@ def _are_bits(mask: Array, activation: Array, columns: int) -> bool:
 
 def _weight_forms(grad: Array, x: Array, grad_weight: Array, grad_bias: Array) -> dict[str, Callable[[], None]]:
     """What can be done here, by name: without the bias sum, with it inside the product, with it behind the product."""
-    outputs, inputs = grad_weight.shape
-    product = Product(
-        m=inputs, n=outputs, k=len(grad), transposed_a=False, transposed_b=True, lda=_ld(x), ldb=_ld(grad),
-        ldd=_ld(grad_weight), dtype=x.dtype.name, out_dtype=grad_weight.dtype.name,
-    )  # fmt: skip
+    outputs, product = len(grad_weight), _weight(grad, x, grad_weight)
 
     def issue(chosen: Plan, bias: Array | None = None) -> None:
         chosen.run(x, grad, grad_weight, bias=bias)
@@ -256,6 +317,14 @@ def _data(grad: Array, weight: Array, grad_below: Array, epilogue: str, aux_ld: 
     return Product(
         m=inputs, n=len(grad), k=outputs, transposed_a=False, transposed_b=False, lda=_ld(weight), ldb=_ld(grad),
         ldd=_ld(grad_below), dtype=grad.dtype.name, out_dtype=grad_below.dtype.name, epilogue=epilogue, aux_ld=aux_ld,
+    )  # fmt: skip
+
+
+def _weight(grad: Array, x: Array, grad_weight: Array) -> Product:
+    outputs, inputs = grad_weight.shape
+    return Product(
+        m=inputs, n=outputs, k=len(grad), transposed_a=False, transposed_b=True, lda=_ld(x), ldb=_ld(grad),
+        ldd=_ld(grad_weight), dtype=x.dtype.name, out_dtype=grad_weight.dtype.name,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Every form of a layer's backward products gives the same gradients; cublasLt is played by NumPy."""
+"""Every form of a layer's products gives the same gradients; cublasLt and Hopper's kernels are played by NumPy."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dlrm import fused_products
 from dlrm.device import HostDevice
 from dlrm.mlp import Linear, mlp_data_backward, mlp_forward, mlp_weight_backward
 
@@ -88,11 +90,17 @@ def gemm_cuda(machine: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleT
     products = ModuleType("dlrm.cublaslt")
     products.Plan = FakePlan  # type: ignore[attr-defined]
     products.plan = lambda product, _measure: FakePlan(product)  # type: ignore[attr-defined]
-    products.milliseconds = lambda _issue: 1.0  # type: ignore[attr-defined]
+    products.kept_milliseconds = lambda *_: 1.0  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "dlrm.cublaslt", products)
     monkeypatch.delitem(sys.modules, "dlrm.gemm_cuda", raising=False)
     products.Product = FakeProduct  # type: ignore[attr-defined]
+    own = ModuleType("dlrm.fused_products_cuda")
+    own.SOURCE = Path(fused_products.__file__)  # type: ignore[attr-defined]
+    own.supports = lambda *_: True  # type: ignore[attr-defined]
+    own.data_product = fused_products.data_product  # type: ignore[attr-defined]
+    own.relu_product = fused_products.relu_product  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "dlrm.fused_products_cuda", own)
     module = importlib.import_module("dlrm.gemm_cuda")
     yield module
     sys.modules.pop("dlrm.gemm_cuda", None)
@@ -128,22 +136,29 @@ def expected_gradients(
     return weights[::-1], biases[::-1]
 
 
-FORMS = [("DRELU", False), ("mask", False), ("DRELU_BGRAD", True), ("mask_and_sum", True)]
+FORMS = [
+    ("DRELU", False), ("mask", False), ("own", False),
+    ("DRELU_BGRAD", True), ("mask_and_sum", True), ("own_and_sum", True),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("widths", [WIDTHS, ODD_WIDTHS])
 @pytest.mark.parametrize("bits", [True, False])
 @pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize(("form", "bias_done"), FORMS)
+@pytest.mark.parametrize("forward", ["cublasLt", "own"])
 def test_a_form_gives_the_gradients(
     gemm_cuda: ModuleType,
+    forward: str,
     form: str,
     bias_done: bool,
     apart: bool,
     bits: bool,
     widths: tuple[int, ...],
     rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(gemm_cuda, "_fastest", lambda _, forms: forms[forward])
     device = ProductsOf(gemm_cuda)
     gemm_cuda._bits_seen = None if bits else False
     layers = [

@@ -68,6 +68,15 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
             ("WEIGHT", "bfloat_t"), ("KEY", "int64"), *FUSED_FORWARD.items(),
         ),
     ),
+    "dlrm/fused_products.cu": tuple(
+        (
+            ("NUMBER", number), ("FORWARD", forward), ("MASKED", masked), ("SUMMED", summed), ("CLUSTER", 2),
+            ("STAGES", 4),
+        )
+        for number, forward, masked, summed in (
+            ("half_t", 0, 0, 0), ("half_t", 0, 0, 1), ("bfloat_t", 1, 0, 0), ("bfloat_t", 1, 1, 0),
+        )
+    ),
     "dlrm/gemm.cu": (
         (("NUMBER", "half_t"),),
         (("NUMBER", "float"),),
