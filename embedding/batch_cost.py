@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedding.all_reduce import part_multiple
+from embedding.column_groups import deduplicates
 from embedding.cost import HEADER_BYTES, LENGTH_BYTES, ROW_HEADER_BYTES, ROWS, group_of
 from embedding.jagged import Jagged
 from embedding.placement import Placement, Plan, node_of_ranks
@@ -68,23 +69,27 @@ def capacity_bytes(
     By node (``plan.all_to_all``), what a rank hands to both communicators counts. Outward it gives each mate of its
     node a list for each node, and to each other node what its own node has for the ranks of its lane. Inward it gives
     each mate the lists of that lane's owners, and to each owner of its own lane elsewhere the node's distinct rows and
-    one of padding.
+    one of padding. De-duplicated, every pair of ranks has a list of distinct rows and one of padding.
 
     Args:
         plan: where rows lie.
         capacities: [W] C_o, most rows that each rank sends to one other.
         exchange_itemsize: bytes of a number of a vector between ranks; replicated rows' gradients are float32.
-        distinct: [W] U_o, most distinct rows that a node asks of each rank; ``None``: as many as lists have room for.
+        distinct: [W] U_o, most distinct rows that a node, or where they are de-duplicated a rank, asks of each rank;
+            ``None``: as many as lists have room for.
 
     Returns:
         By exchange [W], what each rank sends (keys do not travel); ``all_reduce`` with the flag of lists that ran
-        over, where rows go by node; and ``across`` [W], what of the exchanges goes to other nodes.
+        over, where rows go by node or are de-duplicated; and ``across`` [W], what of the exchanges goes to other nodes.
     """
     size = np.asarray(capacities, np.int64)
     node = np.array(node_of_ranks(plan.ranks, plan.nodes))
     same = node[:, None] == node[None, :]
     replicated = 4 * sum(p.threshold * spec.dim for spec, p in zip(plan.specs, plan.placements, strict=True))
     reduced = ring_bytes(replicated, plan.ranks)
+    if deduplicates(plan):
+        size = (size if distinct is None else np.minimum(np.asarray(distinct, np.int64), size)) + 1
+        reduced += ring_bytes(_FLAG_BYTES, plan.ranks)
     if plan.all_to_all == "hierarchical":
         locals_ = plan.ranks // plan.nodes
         rooms = locals_ * size if distinct is None else np.minimum(np.asarray(distinct, np.int64), locals_ * size)

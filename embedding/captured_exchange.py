@@ -86,11 +86,11 @@ class ExchangedEmbedding:
                 the same on all ranks; ``None``: lists have room for whatever keys there may be.
             sigmas: standard deviations that lists have room for above what is expected.
             hierarchical: rows and gradients go by node (``node_route``); ``topology`` has groups of the device then.
-            distinct: of each rank the most rows of tables that are not cut that a node asks for
-                (``captured_placement.node_rows``); ``None``: as many as lists have room for.
+            distinct: of each rank the most rows of tables that are not cut that a node, or where rows are de-duplicated
+                a rank, asks for (``captured_placement.node_rows``); ``None``: as many as lists have room for.
             listed: in training rows are not put into the vectors: whoever reads them finds them by ``lists.sources`` in
                 ``weight`` and among what has come (``FlatRoute.come``); not with ``hierarchical``, nor where tables
-                are cut by columns.
+                are cut by columns or rows de-duplicated.
             sends: with ``listed``: gradients of rows that travel, and without sums as they come those of this rank's
                 own rows, are written where ``lists.slots`` says, and not to ``grad_vectors``.
             features: the table of each feature, which has one key a row; ``None``: every table is one.

@@ -29,6 +29,7 @@ from embedding.captured_sums import CapturedSums
 from embedding.captured_update import CapturedUpdate
 from embedding.column_groups import ColumnGroup
 from embedding.comm import Comm
+from embedding.distinct_route import DistinctRoute, own_relays
 from embedding.exchange_buffers import GroupBuffers, wire_type
 from embedding.exchange_route import FlatRoute, Route, call
 from embedding.frequent_rows import place_features
@@ -97,12 +98,13 @@ class ExchangedGroup(HeldTables):
         device, comm, optimizer = form.device, form.comm, form.optimizer
         self._dim = group.dim
         self._nodes = Nodes.of(form.topology) if form.hierarchical and form.topology is not None else None
+        self._once = group.deduplicates
         others = [rank for rank in range(comm.size) if rank != comm.rank]
-        order = (*others, comm.rank) if self._nodes is None else self._nodes.order
+        order = (*others, comm.rank) if self._nodes is None or self._once else self._nodes.order
         self._adds = optimizer.kind == "sgd" and np.dtype(form.table_dtype) == np.float32 and not form.deterministic
         placed = place_tables(
             group, rank=comm.rank, device=device, optimizer=optimizer, dtype=form.table_dtype, seed=form.seed,
-            own_pads=not self._adds or form.hierarchical, frequent_pads=form.deterministic, order=order,
+            own_pads=not self._adds or form.hierarchical or self._once, frequent_pads=form.deterministic, order=order,
         )  # fmt: skip
         super().__init__(group, placed, lists, comm, device)
         self._features = len(group.features)
@@ -178,6 +180,8 @@ class ExchangedGroup(HeldTables):
         device, placed = self._device, self._placed
         trains = grad_vectors is not None
         relay, size = (None, 0) if self._nodes is None or not trains else self._nodes.relays(capacities)
+        if self._once:
+            relay, size = own_relays(placed.layout, max(capacities))
         lists = PairLists.create(
             device,
             placed.layout,
@@ -187,10 +191,11 @@ class ExchangedGroup(HeldTables):
             listed=trains and self._form.listed,
             relay_start=relay,
             relay_size=size,
+            even=self._once,
         )
         buffers = GroupBuffers(
             capacity=capacity, vectors=vectors, grad_vectors=grad_vectors, keys=keys, lists=lists,
-            route=self._route(lists, wire_type(self._form.precision, vectors.dtype), distinct, trains=trains),
+            route=self._route(lists, vectors.dtype, distinct, trains=trains),
         )  # fmt: skip
         if self._with_lists:
             buffers.places = device.zeros(len(keys), np.int64 if self._frequent.wide else np.int32)
@@ -205,13 +210,21 @@ class ExchangedGroup(HeldTables):
         buffers.order = self._sums.order(capacity)
         return buffers
 
-    def _route(self, lists: PairLists, wire: Any, distinct: Sequence[int] | None, *, trains: bool) -> Route:
-        layout, device = self._placed.layout, self._device
+    def _route(self, lists: PairLists, vectors: Any, distinct: Sequence[int] | None, *, trains: bool) -> Route:
+        layout, device, wire = self._placed.layout, self._device, wire_type(self._form.precision, vectors)
+        if self._once:
+            rooms = lists.capacities if distinct is None else distinct
+            return DistinctRoute(layout, lists, self.comm, device, self._dim, wire, rooms, vectors, trains=trains)
         if self._nodes is None:
             return FlatRoute(lists, self.comm, device, self._dim, wire)
         assert self._form.topology is not None
         rooms = [self.comm.size * most for most in lists.capacities] if distinct is None else distinct
         return NodeRoute(layout, lists, self._form.topology, device, self._dim, wire, rooms, trains=trains)
+
+    @property
+    def _told_by_pairs(self) -> bool:
+        """Whether it is for those whom it concerns to count distinct rows, and to tell the others."""
+        return self._once or self._nodes is not None
 
     def input_dist(self, buffers: GroupBuffers, rows: int, global_rows: int) -> None:
         """Find out from the keys in ``buffers`` what travels, and bring it into order where an update needs it.
@@ -236,10 +249,10 @@ class ExchangedGroup(HeldTables):
             call(self._device, place_features, buffers.keys, global_rows, self._frequent, buffers.places)
         call(self._device, count_pairs, buffers.named, global_rows, layout, lists)
         call(self._device, list_pairs, buffers.named, global_rows, layout, lists)
-        if buffers.update is None:
-            return
         route, unit = buffers.route, self._unit
         route.prepare()
+        if buffers.update is None:
+            return
         if count := self._named(buffers):
             buffers.update.prepare(route.keys[:count], unit.no_offsets, unit.no_weights, count)
         self._sums.prepare(lists, rows, buffers.order)
@@ -259,8 +272,7 @@ class ExchangedGroup(HeldTables):
     def output_dist(self, buffers: GroupBuffers) -> None:
         """Bring the rows to the ranks that ask for them."""
         buffers.route.outward(None if len(buffers.lists.sources) else self._flat(buffers.vectors))
-        if self._nodes is not None:
-            # Distinct rows are counted by those whom they concern.
+        if self._told_by_pairs:
             self.comm.all_reduce(buffers.lists.flag, "max").wait()
 
     def grad_dist(self, buffers: GroupBuffers) -> None:
@@ -315,7 +327,7 @@ class ExchangedGroup(HeldTables):
         """Bytes that a batch hands to the carrier for other ranks, inside nodes and between (``capacity_bytes``)."""
         row_bytes, (outward, inward) = self._dim * buffers.route.gradients.dtype.itemsize, buffers.route.sent_rows
         reduced = 0 if buffers.grad_vectors is None else ring_bytes(self._sums.num_bytes, self.comm.size)
-        flag = 0 if self._nodes is None else ring_bytes(buffers.lists.flag.nbytes, self.comm.size)
+        flag = ring_bytes(buffers.lists.flag.nbytes, self.comm.size) if self._told_by_pairs else 0
         return {
             "input_dist": 0,
             "output_dist": outward * row_bytes,

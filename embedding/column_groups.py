@@ -50,6 +50,11 @@ class ColumnGroup:
         return self.plan.specs[0].dim
 
     @property
+    def deduplicates(self) -> bool:
+        """See ``deduplicates``."""
+        return deduplicates(self.plan)
+
+    @property
     def part_of_feature(self) -> Array:
         """[U] int64, the (first) part that has each feature's keys; -1: it is of another group."""
         parts = np.full(self.batch_features, -1, np.int64)
@@ -60,6 +65,11 @@ class ColumnGroup:
 def column_parts(placement: Placement) -> int:
     """P of one table."""
     return len(placement.owners) if placement.kind == "column_wise" else 1
+
+
+def deduplicates(plan: Plan) -> bool:
+    """Whether rows travel once for each pair of ranks and batch; between GPUs those of all whole tables, or none."""
+    return any(placement.deduplicate for placement in plan.placements)
 
 
 def uncut(placement: Placement) -> Placement | None:

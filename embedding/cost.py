@@ -29,7 +29,7 @@ HEADER_BYTES = 40
 ROW_HEADER_BYTES = 24
 """The same before it asks for rows."""
 _FLAG_BYTES = 4
-"""Of a captured step's note that a list ran over, which goes around where rows go by node."""
+"""Of a captured step's note that a list ran over, which goes around where not all ranks count all rows."""
 ROWS = 0
 """A group's number of column parts where rows travel, not pooled vectors."""
 _PASSES = 3
@@ -53,8 +53,8 @@ class Workload:
         jagged: bags have different lengths.
         weighted: keys have weights.
         captured: steps of fixed sizes (``captured_exchange``): rows of all tables travel together and no keys do,
-            gradients of a node are summed before they cross whatever their precision, and those of all replicated rows
-            are summed, as float32.
+            gradients of de-duplicated rows are summed first, gradients of a node before they cross whatever their
+            precision, and those of all replicated rows are summed, as float32.
     """
 
     ranks: int
@@ -158,6 +158,8 @@ class TableDemand:
         if placement.deduplicate:
             sent = self._beyond(self._distinct, threshold)
             asker += asked * self._rates.deduplicate_s
+            if work.captured:  # gradients are packed, and their sums written
+                asker += self._seconds(asked + sent)
         touched, dense, union = 0.0, 0.0, 0.0
         if threshold:
             union = min(float(threshold), self.frequency.at(self._union, threshold))
@@ -227,6 +229,7 @@ class GroupLoad:
         vectors: [W] bytes from each owner to one asker.
         node: [W] bytes of gradients from one node to each owner, where they are summed inside it.
         travels: something is exchanged.
+        once: each distinct row.
         touched: bytes of the group's all-reduces, the touched way.
         dense: the same the dense way.
     """
@@ -234,14 +237,14 @@ class GroupLoad:
     def __init__(self, ranks: int) -> None:
         """Start empty."""
         self.keys, self.vectors, self.node = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
-        self.travels, self.touched, self.dense = False, 0.0, 0.0
+        self.travels, self.once, self.touched, self.dense = False, False, 0.0, 0.0
 
     def add(self, placement: Placement, share: Floats, cost: TableCost) -> None:
         """Add a table that is owned in these parts [W]."""
         self.touched += cost.reduce_touched
         self.dense += cost.reduce_dense
         if placement.kind != "replicated":
-            self.travels = True
+            self.travels, self.once = True, self.once or placement.deduplicate
             self.keys += share * cost.keys
             self.vectors += share * cost.vectors
             self.node += share * cost.node_gradients
@@ -304,8 +307,8 @@ class _Adding:
             relayed = shape.across_bytes(load.vectors) / work.ranks
             ids = shape.across_bytes(load.keys) / work.ranks / work.id_itemsize
             self.relay_s += _RELAY_PASSES * relayed / links.work.rows_bytes_per_s + ids * links.work.deduplicate_s
-            if work.captured:
-                self.all_reduce(_FLAG_BYTES, 1)
+        if work.captured and (mode == "hierarchical" or load.once):
+            self.all_reduce(_FLAG_BYTES, 1)
 
     def all_reduce(self, size: float, count: int) -> None:
         """All-reduces of ``size`` bytes together."""

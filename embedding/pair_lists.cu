@@ -244,3 +244,10 @@ KERNEL void __launch_bounds__(THREADS) number_runs(
     if (head && number < room) distinct[slot + number] = int(row - first);
   }
 }
+
+// out[named[i]] = slots[i].
+KERNEL void __launch_bounds__(THREADS) unsort_slots(
+    const uint32* __restrict__ slots, const uint32* __restrict__ named, int64 count, int* __restrict__ out) {
+  const int64 i = int64(blockIdx.x) * THREADS + threadIdx.x;
+  if (i < count) out[named[i]] = int(slots[i]);
+}

@@ -136,6 +136,7 @@ class PairLists:
         listed: bool = False,
         relay_start: Array | None = None,
         relay_size: int = 0,
+        even: bool = False,
     ) -> PairLists:
         """Allocate for batches of up to ``rows`` rows of each rank.
 
@@ -148,16 +149,19 @@ class PairLists:
             listed: whether ``sources`` and ``slots`` are, instead of ``local``.
             relay_start: [W, W] of the host; ``None``: no list of what others exchange.
             relay_size: of these lists.
+            even: chunks of ``asked`` are as long as the longest one.
         """
         ranks, rank, tables, order = layout.ranks, layout.rank, len(layout.threshold), layout.order
-        begins = dict(zip(order, np.cumsum([0, *(capacities[o] for o in order)]).tolist(), strict=False))
+        lengths = [max(capacities) if even else capacities[o] for o in order]
+        begins = dict(zip(order, np.cumsum([0, *lengths]).tolist(), strict=False))
         xp = device.xp
 
         def words(size: int) -> Any:
             return device.zeros(max(1, size), np.int32)[:size]
 
-        local = words(0 if listed else rows * layout.num_places)
+        local, asked = words(0 if listed else rows * layout.num_places), words(sum(lengths))
         local.fill(NOWHERE)
+        asked.fill(NOWHERE)
         return cls(
             capacities=tuple(capacities),
             capacity=xp.asarray(np.array(capacities, np.int32)),
@@ -165,7 +169,7 @@ class PairLists:
             counts=device.zeros((ranks, ranks, max(1, tables * tiles_of(rows))), np.uint32),
             totals=device.zeros((ranks, ranks), np.uint32),
             flag=words(1),
-            asked=words(sum(capacities)),
+            asked=asked,
             given=words(ranks * capacities[rank]),
             local=local,
             sources=words(tables * rows if listed else 0),

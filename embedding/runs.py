@@ -123,6 +123,17 @@ def number_runs(rows: Array, runs: Runs) -> None:
         runs.distinct[begin : begin + min(room, len(distinct))] = distinct[:room]
 
 
+def unsort_slots(slots: Array, named: Array, out: Array) -> None:
+    """Bring slots of sorted rows to where the rows were: ``out[named[i]] = slots[i]``.
+
+    Args:
+        slots: [K or more] uint32.
+        named: [K or more] uint32, the numbers below K in any order.
+        out: [K] int32, written.
+    """
+    out[named[: len(out)]] = slots[: len(out)]
+
+
 def sum_runs(gradients: Array, sort: RowSort, sums: Array, unit: UnitUpdate) -> None:  # noqa: ARG001
     """Sum gradients by slot, in the order of the list: ``sums[rows[i]] += gradients[named[i]]``.
 

@@ -32,6 +32,11 @@ def number_runs(rows: Any, runs: Runs) -> None:
     )
 
 
+def unsort_slots(slots: Any, named: Any, out: Any) -> None:
+    """See ``runs.unsort_slots``."""
+    load(SOURCE, "unsort_slots", _DEFINES)(-(-len(out) // THREADS), THREADS, slots, named, np.int64(len(out)), out)
+
+
 def sum_runs(gradients: Any, sort: RowSort, sums: Any, unit: UnitUpdate) -> None:
     """See ``runs.sum_runs``: an update by SGD that adds up."""
     first = unit.zero

@@ -17,6 +17,7 @@ from dlrm.optim import DenseOptimizer
 from embedding.captured import CapturedEmbedding
 from embedding.captured_bags import ExchangedBags
 from embedding.captured_exchange import ExchangedEmbedding
+from embedding.column_groups import deduplicates
 from embedding.comm import Comm, SingleComm, all_gather_bytes
 from embedding.comm_staged import StagedComm
 from embedding.placement import Plan
@@ -251,8 +252,8 @@ def fuses(field: str, wish: bool | str, config: RunConfig, model: DenseModel, *,
         raise DeviceError(
             f"cuda.{field}: {'several' if several else 'one or more'} ranks, {config.precision}, {model.num_vectors} "
             f"vectors of {config.model.embedding_dim} columns, but it takes one rank (in training several, not "
-            f"by node, no table column_wise), fp16 or bf16, at most {MOST_VECTORS} vectors and a multiple of 8 "
-            "columns; set it to auto"
+            f"by node or de-duplicated, no table column_wise), fp16 or bf16, at most {MOST_VECTORS} vectors and a "
+            "multiple of 8 columns; set it to auto"
         )
     return bool(wish) and fits
 
@@ -318,7 +319,7 @@ def join_captured(
         sharing=carrier.sharing, local_ranks=local_ranks or topology.local_size, saved=saved,
     )  # fmt: skip
     cut = any(placement.kind == "column_wise" for placement in plan.placements)
-    no_room = carrier.comm is not None and (cut or plan.all_to_all == "hierarchical")
+    no_room = carrier.comm is not None and (cut or deduplicates(plan) or plan.all_to_all == "hierarchical")
     layout = dataset.layout
     if carrier.comm is not None and layout is not None and not layout.plain:
         layout = None  # the host decodes bags that are exchanged

@@ -13,7 +13,7 @@ from dlrm.device import Device
 from dlrm.errors import ConfigError
 from embedding.bag_room import BagRoom, BagSample
 from embedding.captured_placement import SIGMAS, node_rows, owner_shares
-from embedding.column_groups import check_placements
+from embedding.column_groups import check_placements, deduplicates
 from embedding.comm import Comm
 from embedding.device_links import probe_device
 from embedding.frequent_rows import check_lists, places_of_rows
@@ -69,13 +69,10 @@ def agree_captured_plan(
     specs = tuple(table_specs(config, dataset.tables))
     if carrier is None:
         return plan_tables(config, dataset.tables, ranks=1), {}
-    if config.embedding.deduplicate is True:
-        raise ConfigError(
-            "embedding.deduplicate: true runs on CPUs alone, as GPUs send every occurrence of a row; set it to auto"
-        )
     if saved is not None and "plan" in saved.meta:
         plan = plan_from_values(saved.meta["plan"])
-        if (plan.ranks, plan.nodes, plan.specs) == (comm.size, topology.num_nodes, specs) and _is_captured(plan):
+        same = (plan.ranks, plan.nodes, plan.specs) == (comm.size, topology.num_nodes, specs)
+        if same and _is_captured(plan, config):
             return plan, saved_lists(saved, plan)
     limit = np.array([_memory_limit(config, device, sharing, local_ranks)], np.int64)
     comm.all_reduce(limit, "min").wait()
@@ -108,7 +105,12 @@ def agree_captured_plan(
     return plans[0], orders.lists_of(plans[0])
 
 
-def _is_captured(plan: Plan) -> bool:
+def _is_captured(plan: Plan, config: RunConfig) -> bool:
+    """Whether GPUs can follow a checkpoint's plan, which CPUs may have made."""
+    once = config.embedding.deduplicate is True
+    travel = [placement for placement in plan.placements if placement.kind not in ("replicated", "column_wise")]
+    if any(placement.deduplicate != once for placement in travel) or (once and plan.all_to_all == "hierarchical"):
+        return False
     try:
         check_placements(plan.specs, plan.placements)
     except ConfigError:
@@ -148,7 +150,9 @@ def measure_lists(
     wanted = max(config.data.batch_size, config.eval.batch_size)
     batches, tables = min(-(-wanted // config.data.batch_size), _MOST_BATCHES), len(dataset.tables)
     nodes = None
-    if plan.all_to_all == "hierarchical":
+    if deduplicates(plan):
+        nodes = [[rank] for rank in range(plan.ranks)]
+    elif plan.all_to_all == "hierarchical":
         nodes = [topology.ranks_of(node) for node in range(topology.num_nodes)]
     with first_batches(config, dataset, batches) as loader:
         parts = [batch.host.keys for batch in loader]

@@ -285,7 +285,8 @@ class KernelDevice(HostDevice):
 
 
 @pytest.mark.parametrize(
-    ("number", "ranks"), [(0, 2), (4, 3), (7, 2), (8, 4), (9, 3), (10, 2), (11, 4), (12, 4), (18, 4), (20, 3)]
+    ("number", "ranks"),
+    [(0, 2), (4, 3), (7, 2), (8, 4), (9, 3), (10, 2), (11, 4), (12, 4), (18, 4), (20, 3), (24, 4), (25, 2)],
 )
 def test_ranks_train_as_one(machine: Any, number: int, ranks: int) -> None:
     if not machine.emulated:

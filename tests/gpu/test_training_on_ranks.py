@@ -31,7 +31,7 @@ DATA = "synthetic:criteo-terabyte?rows=16000&scale=20000"
 OPTIONS: dict[str, dict[str, Any]] = {
     "sgd": {},
     "adam, deterministic": {"optimizer": {"kind": "adam", "lr": 0.01}, "deterministic": True},
-    "uneven": {"data": {"batch_size": 67}},
+    "uneven, once": {"data": {"batch_size": 67}, "embedding": {"deduplicate": True}},
     "increments, columns": {
         "checkpoint": {"incremental": True},
         "train": {"checkpoint_every": 2},
@@ -75,7 +75,7 @@ def check(directory: Path, result: TrainResult, other: Path, expected: TrainResu
 
 @pytest.mark.parametrize(
     ("ranks", "name"),
-    [(2, "sgd"), (4, "adam, deterministic"), (3, "uneven"), (2, "increments, columns")],
+    [(2, "sgd"), (4, "adam, deterministic"), (3, "uneven, once"), (2, "increments, columns")],
 )  # fmt: skip
 def test_ranks_train_as_one(emulated: Any, ranks: int, name: str, tmp_path: Path) -> None:
     one = run_on(1, tmp_path / "one", emulated, **changes_of(name))
@@ -248,7 +248,10 @@ def test_rows_that_the_interaction_finds_train_like_rows_side_by_side(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"embedding": {"deduplicate": True}}, "deduplicate: true runs on CPUs alone"),
+        (
+            {"embedding": {"deduplicate": True, "all_to_all": "hierarchical"}},
+            "deduplicate: true with all_to_all hierarchical",
+        ),
     ],
 )
 def test_what_several_gpus_do_not_do_is_refused(

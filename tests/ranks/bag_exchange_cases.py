@@ -55,7 +55,7 @@ def plan_of(case: BagCase, ranks: int) -> Plan:
             placements.append(Placement(kind="hybrid", threshold=threshold, listed=kind == "listed"))
         else:
             placements.append(Placement(kind="row_wise"))
-    return Plan(specs=specs_of(case), placements=tuple(placements), ranks=ranks)
+    return Plan(specs=specs_of(case), placements=xc.once_of(case, placements), ranks=ranks)
 
 
 def part_of(keys: Jagged, begin: int, end: int) -> Jagged:
@@ -99,7 +99,7 @@ class Trainer:
         self.case, self.comm, self.device = case, comm, device
         self.work, plan = draw(case), plan_of(case, comm.size)
         topology = discover(host or comm, case.nodes)
-        nodes = [topology.ranks_of(node) for node in range(case.nodes)]
+        nodes = xc.askers_of(case, topology)
         if host is not None:  # groups that carry buffers of the device
             inside = comm.split(topology.node, topology.local_rank)
             topology = replace(topology, inside=inside, across=comm.split(topology.local_rank, topology.node))
@@ -107,7 +107,11 @@ class Trainer:
         sample = BagSample.join([self.work[0][0]], len(case.rows))
         sample.keys = [places_of_rows(keys, lists.get(f"t{i}")) for i, keys in enumerate(sample.keys)]
         room = BagRoom.measure(
-            plan, sample, case.batches[0], nodes if case.nodes > 1 else None, 10.0 if case.short >= 1 else 0.0
+            plan,
+            sample,
+            case.batches[0],
+            nodes if case.nodes > 1 or case.once else None,
+            10.0 if case.short >= 1 else 0.0,
         )
         self.embedding = ExchangedBags(
             plan=plan, comm=comm, topology=topology, device=device, optimizer=xc.optimizer(case),
@@ -238,5 +242,7 @@ CASES = (
     BagCase(seed=37, kinds=CUT, dim=24, weighted=True),
     BagCase(seed=38, kinds=CUT, dim=16, kind="adam", deterministic=True, short=0.4, grows=True),
     BagCase(seed=39, kinds=("column_wise",) * 6, dim=16, nodes=2),
+    BagCase(seed=41, once=True, weighted=True),
+    BagCase(seed=42, once=True, kind="adam", deterministic=True, short=0.4),
     BagCase(seed=40, kinds=("listed", "row_wise", "listed", "listed", "listed", "table_wise"), threshold=0.2),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from embedding.hybrid import HybridEmbedding
 from embedding.jagged import Jagged
 from embedding.placement import Placement, Plan, TableSpec
 from embedding.sparse_optim import constants
-from embedding.topology import discover, share_of, start_of
+from embedding.topology import Topology, discover, share_of, start_of
 
 LR = 0.1
 LOSS_SCALE = 64.0
@@ -38,6 +39,7 @@ class ExchangeCase:
     precision: str = "fp32"
     first: int = 1
     nodes: int = 1
+    once: bool = False  # each distinct row travels once for each pair of ranks
     short: float = 1.0  # below 1: lists have room for this part of what is expected, and for nothing more
 
 
@@ -63,7 +65,20 @@ def plan_of(case: ExchangeCase, ranks: int) -> Plan:
         "column_wise": lambda table, rows: Placement(kind="column_wise", owners=column_owners(table, case.dim, ranks)),
     }
     placements = [made[kind](table, case.rows[table]) for table, kind in enumerate(case.kinds)]
-    return Plan(specs=specs, placements=tuple(placements), ranks=ranks)
+    return Plan(specs=specs, placements=once_of(case, placements), ranks=ranks)
+
+
+def once_of(case: ExchangeCase, placements: Sequence[Placement]) -> tuple[Placement, ...]:
+    """The placements, de-duplicated where that is asked for and can be."""
+    whole = ("replicated", "column_wise")
+    return tuple(replace(own, deduplicate=case.once and own.kind not in whole) for own in placements)
+
+
+def askers_of(case: ExchangeCase, topology: Topology) -> list[list[int]]:
+    """The ranks that ask together for distinct rows: those of a node, or each by itself."""
+    if case.once:
+        return [[rank] for rank in range(len(topology.node_of))]
+    return [topology.ranks_of(node) for node in range(case.nodes)]
 
 
 def lists_of(case: ExchangeCase, plan: Plan) -> dict[str, np.ndarray]:
@@ -111,7 +126,7 @@ class Trainer:
         first = np.stack([places_of_rows(k, lists.get(f"t{i}")) for i, k in enumerate(self.work[0][0])])
         shares = owner_shares(plan, list(first))
         topology = discover(host or comm, case.nodes)
-        nodes = [topology.ranks_of(node) for node in range(case.nodes)]
+        nodes = askers_of(case, topology)
         if host is not None:  # groups that carry buffers of the device
             inside = comm.split(topology.node, topology.local_rank)
             topology = replace(topology, inside=inside, across=comm.split(topology.local_rank, topology.node))
@@ -324,4 +339,8 @@ CASES = (
     ExchangeCase(seed=33, kinds=CUT, dim=16, kind="adagrad", short=0.4),
     ExchangeCase(seed=34, kinds=CUT, dim=16, nodes=2, first=0),
     ExchangeCase(seed=35, kinds=("column_wise",) * 6, dim=16, kind="ftrl"),
+    ExchangeCase(seed=41, once=True),
+    ExchangeCase(seed=42, once=True, kind="adam", deterministic=True, short=0.4, kinds=LISTED),
+    ExchangeCase(seed=43, once=True, kind="adagrad", precision="bf16", kinds=CUT, dim=16),
+    ExchangeCase(seed=44, once=True, kind="rowwise_adagrad", kinds=("row_wise", "table_wise") * 3, batches=(96, 3, 96)),
 )  # fmt: skip

@@ -45,18 +45,19 @@ def test_exchange_by_nodes(nodes: int, ranks: int, seed: int) -> None:
         np.testing.assert_array_equal(one.vectors[0], other.vectors[0])
 
 
-@pytest.mark.parametrize("by_node", [False, True])
+@pytest.mark.parametrize("form", ["flat", "by node", "once"])
 @pytest.mark.parametrize(
     ("ranks", "nodes", "precision", "kinds"),
     [(2, 1, "fp32", None), (3, 3, "fp32", None), (4, 2, "fp32", xc.CUT), (4, 2, "bf16", None), (6, 2, "fp32", xc.CUT)],
 )
 def test_bytes_are_those_of_the_capacities(
-    ranks: int, nodes: int, precision: str, kinds: tuple[str, ...] | None, by_node: bool, seed: int
+    ranks: int, nodes: int, precision: str, kinds: tuple[str, ...] | None, form: str, seed: int
 ) -> None:
     """What the formula says, what the tables say and what reached the carrier on both levels, whatever the keys are."""
+    by_node, once = form == "by node", form == "once"
     case = xc.ExchangeCase(
         seed=seed, precision=precision, nodes=nodes if by_node else 1, batches=(300, 300, 300),
-        kinds=kinds or xc.ExchangeCase.kinds, dim=16,
+        kinds=kinds or xc.ExchangeCase.kinds, dim=16, once=once,
     )  # fmt: skip
     plan, keys = xc.plan_of(case, ranks), xc.draw(case)[0][0]
     plan = replace(plan, nodes=nodes, all_to_all="hierarchical" if by_node and nodes > 1 else "flat")
@@ -64,13 +65,14 @@ def test_bytes_are_those_of_the_capacities(
     keys = np.stack([places_of_rows(own, lists.get(f"t{i}")) for i, own in enumerate(keys)])
     shares, node_of = owner_shares(plan, list(keys)), node_of_ranks(ranks, nodes)
     members = [[rank for rank in range(ranks) if node_of[rank] == node] for node in range(nodes)]
+    members = [[rank] for rank in range(ranks)] if once else members
     expected: dict[str, Any] = {}
     for group in column_groups(plan, range(len(case.rows)), case.first):
         rows, own = share_of(300, ranks, 0), shares[list(group.tables)]
         found = capacity_bytes(
             group.plan, pair_capacities(group.plan, rows, own, features=group.features.tolist()),
             exchange_itemsize=4 if precision == "fp32" else 2,
-            distinct=node_rows(plan, keys, members) if by_node and group.parts == 1 else None,
+            distinct=node_rows(plan, keys, members) if (by_node or once) and group.parts == 1 else None,
         )  # fmt: skip
         expected = {name: expected.get(name, 0) + values for name, values in found.items()}
 
