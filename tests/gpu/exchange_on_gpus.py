@@ -133,8 +133,12 @@ def main() -> None:
         if host.size % bags.nodes == 0:
             xc.check(bags, bc.train(bags, comm, device, host), bc.run_alone(bags), comm.rank, comm.size)
     if carrier == "nccl":
-        for number, kind in enumerate(("sgd", "adam")):
-            case = replace(xc.CASES[0], seed=100 + number, kind=kind, dim=128, batches=(480,) * 8)
+        forms: tuple[dict[str, Any], ...] = (
+            {"kind": "sgd"}, {"kind": "adam"}, {"kind": "sgd", "kinds": xc.LISTED},
+            {"kind": "adam", "kinds": xc.CUT, "once": True},
+        )  # fmt: skip
+        for number, form in enumerate(forms):
+            case = replace(xc.CASES[0], seed=100 + number, dim=128, batches=(480,) * 8, **form)
             outcome = captured(case, comm, device, host)
             xc.check(case, outcome, xc.run_alone(case), comm.rank, comm.size)
         comm.close()

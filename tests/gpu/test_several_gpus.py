@@ -47,7 +47,9 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in inherited.items() if name != "PYTHONSAFEPATH"} | more
 
 
-@pytest.mark.parametrize(("carrier", "ranks"), [("nccl", 2), ("nccl", 4), ("nccl", 8), ("staged", 2), ("staged", 4)])
+@pytest.mark.parametrize(
+    ("carrier", "ranks"), [("nccl", 1), ("nccl", 2), ("nccl", 4), ("nccl", 8), ("staged", 2), ("staged", 4)]
+)
 def test_tables_over_ranks_with_gpus(carrier: str, ranks: int) -> None:
     need_gpus(ranks if carrier == "nccl" else 1)
     command = [*find_mpirun().arguments(ranks), sys.executable, "-m", "mpi4py", str(HERE / "exchange_on_gpus.py")]
@@ -105,12 +107,22 @@ PLACED = {
         "tables": {"C1": {"placement": "hybrid", "threshold": 50}, "C20": {"placement": "row_wise"}},
     }
 }
+CUT = {
+    "embedding": {
+        "placement": "column_wise",
+        "deduplicate": True,
+        "tables": PLACED["embedding"]["tables"] | {"C2": {"placement": "table_wise"}},
+    }
+}
+"""Every row once, and parts of columns."""
 RUNS: dict[str, tuple[str, dict[str, Any], float | None]] = {
     "as planned": ("nccl", {}, None),
     "placed": ("nccl", PLACED, None),
     "without graphs": ("nccl", {"cuda": {"graphs": False}, **PLACED}, None),
     "sequential": ("nccl", {"overlap": {"train": False, "eval": False}, **PLACED}, None),
     "lists that run over": ("nccl", PLACED, -30.0),
+    "cut and once": ("nccl", CUT, None),
+    "staged, cut and once": ("staged", {"cuda": {"carrier": "staged"}, **CUT}, None),
     "staged": ("staged", {"cuda": {"carrier": "staged"}, **PLACED}, None),
 }
 
