@@ -2,10 +2,9 @@
 // reference in fused_products.py.
 //
 // out[rows, columns] = left[rows, depth] right[depth, columns], added up in float. Macros: NUMBER: half_t or bfloat_t;
-// FORWARD 1: right is a weight [columns, depth] transposed; a bias is added and the ReLU applied, and with MASKED 1 bits
-// say where it was on. FORWARD 0: right is a weight [depth, columns]; what has no bit becomes 0, and with SUMMED 1 the
-// columns are added up over the rows. CLUSTER: blocks of neighbouring rows that share what they read of right, 1 or 2;
-// STAGES: pieces of the operands that shared memory holds.
+// FORWARD 1: right is a weight [columns, depth] transposed; a bias is added and the ReLU applied, and with MASKED 1
+// bits say where it was on. FORWARD 0: right is a weight [depth, columns]; what has no bit becomes 0, and with SUMMED 1 the
+// columns are added up over the rows.
 //
 // One thread of a block has the copy engine fill a ring of pieces; two warpgroups of 128 threads multiply them, each 64
 // rows of a tile, and store their rows while the other one still multiplies. A block keeps to its columns and goes
@@ -16,6 +15,8 @@
 #define TILE_ROWS 128
 #define TILE_COLUMNS 256
 #define DEPTH 64
+// Pieces of the operands, each of DEPTH, that shared memory holds.
+#define STAGES 4
 // Steps of DEPTH by which one warpgroup is ahead of the other: one stores while the other multiplies.
 #define AHEAD 1
 
@@ -28,9 +29,9 @@ struct Work {
   int64 bits_ld;
   const NUMBER* bias;
   float* sums;          // of the columns
-  float* partials;      // of blocks, [lanes * CLUSTER, columns]
+  float* partials;      // of blocks, [lanes, columns rounded up to a tile]
   uint32* tickets;      // of every tile of the columns: blocks that have written their partials; 0 before and after
-  int lanes;            // clusters that share the rows of a tile of the columns
+  int lanes;            // blocks that share the rows of a tile of the columns
 };
 
 #if CROSSLANE_ARCH == 90 && defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -69,35 +70,15 @@ DEVICE void expect_bytes(uint32 barrier, uint32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
 }
 
-// At the barrier that the block `rank` of the cluster has at this place.
-DEVICE void arrive(uint32 barrier, uint32 rank) {
-#if CLUSTER == 1
+DEVICE void arrive(uint32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
-#else
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}"
-      :: "r"(barrier), "r"(rank) : "memory");
-#endif
 }
 
-// The box at column x and row y, to this block.
+// The box at column x and row y; `barrier` is told of its bytes.
 DEVICE void load_box(uint32 target, const TensorMap* map, int x, int y, uint32 barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
       :: "r"(target), "l"(map), "r"(x), "r"(y), "r"(barrier) : "memory");
-}
-
-// The same to all blocks of the cluster, each told at its own barrier.
-DEVICE void load_box_for_all(uint32 target, const TensorMap* map, int x, int y, uint32 barrier) {
-#if CLUSTER == 1
-  load_box(target, map, x, y, barrier);
-#else
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%2, %3}], [%4], %5;"
-      :: "r"(target), "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(uint16((1 << CLUSTER) - 1)) : "memory");
-#endif
 }
 
 DEVICE void store_box(const TensorMap* map, int x, int y, uint32 source) {
@@ -109,14 +90,6 @@ DEVICE void store_box(const TensorMap* map, int x, int y, uint32 source) {
 // Until at most LEFT of this thread's stores have still to read shared memory.
 template <int LEFT>
 DEVICE void wait_stores() { asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(LEFT) : "memory"); }
-
-DEVICE void cluster_sync() {
-#if CLUSTER == 1
-  __syncthreads();
-#else
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-#endif
-}
 
 DEVICE void consumers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
@@ -160,21 +133,17 @@ struct Tiles {
 
 DEVICE Tiles tiles_of(const Work& work) {
   const int across = (work.columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
-  const int cluster = blockIdx.x / CLUSTER;
   Tiles tiles;
-  tiles.column = cluster % across * TILE_COLUMNS;
-  tiles.first = cluster / across * CLUSTER + blockIdx.x % CLUSTER;
-  tiles.step = work.lanes * CLUSTER;
-  // Blocks of a cluster have as many tiles as each other, some of them beyond the rows.
-  tiles.last = (work.num_rows + TILE_ROWS * CLUSTER - 1) / (TILE_ROWS * CLUSTER) * CLUSTER;
+  tiles.column = blockIdx.x % across * TILE_COLUMNS;
+  tiles.first = blockIdx.x / across;
+  tiles.step = work.lanes;
+  tiles.last = (work.num_rows + TILE_ROWS - 1) / TILE_ROWS;
   return tiles;
 }
 
 DEVICE void produce(
     const TensorMap* left, const TensorMap* right, const Work& work, const Tiles& tiles, const Rooms& rooms) {
-  constexpr int RIGHT_BOXES = (FORWARD ? 2 : 4) / CLUSTER;  // of 128 or of 64 columns
   constexpr int BOX_COLUMNS = FORWARD ? 128 : 64;
-  const int own = blockIdx.x % CLUSTER * RIGHT_BOXES;
   Place place;
   for (int tile = tiles.first; tile < tiles.last; tile += tiles.step) {
     for (int at = 0; at < work.depth; at += DEPTH) {
@@ -183,23 +152,22 @@ DEVICE void produce(
       expect_bytes(full, STAGE_BYTES);
       load_box(slot, left, at, tile * TILE_ROWS, full);
 #pragma unroll
-      for (int i = 0; i < RIGHT_BOXES; ++i) {
-        const int column = tiles.column + (own + i) * BOX_COLUMNS;
-        const uint32 target = slot + LEFT_BYTES + (own + i) * BOX_COLUMNS * DEPTH * 2;
-        load_box_for_all(target, right, FORWARD ? at : column, FORWARD ? column : at, full);
+      for (int i = 0; i < TILE_COLUMNS; i += BOX_COLUMNS) {
+        const int column = tiles.column + i;
+        load_box(slot + LEFT_BYTES + i * DEPTH * 2, right, FORWARD ? at : column, FORWARD ? column : at, full);
       }
       place.next();
     }
   }
 }
 
-// This warp needs the slot no longer.
+// This warp needs a slot no longer.
 DEVICE void release(uint32 barrier) {
-  const uint32 lane = threadIdx.x % 32;
-  if (lane < CLUSTER) arrive(barrier, lane);
+  if (threadIdx.x % 32 == 0) arrive(barrier);
 }
 
-// The products of a tile: sums of this warpgroup's 64 rows.
+// The products of a tile, 64 rows for each warpgroup: sums[4 j + 2 h + e] of a thread are row lane / 4 + 8 h of its
+// warp's 16, column 8 j + 2 (lane % 4) + e. `quarter`, below: lane % 4.
 DEVICE void sum_products(float (&sums)[128], Place& place, int depth, int group, const Rooms& rooms) {
   // An operand whose lines are rows goes on within its lines; one whose lines are columns, with the next 16 lines.
   constexpr uint32 LEFT_STEP = 32 >> 4, RIGHT_STEP = (FORWARD ? 32 : 16 * 128) >> 4;
@@ -228,11 +196,6 @@ DEVICE void sum_products(float (&sums)[128], Place& place, int depth, int group,
   multiply_wait<0>();
   release(last);
 }
-
-// Where a thread's sums are: sums[4 j + 2 h + e] is row `row` + 8 h of its warp, column 8 j + 2 `quarter` + e of the tile.
-struct Seat {
-  int row, quarter;
-};
 
 // Words of bits that a thread holds of each of its two rows: all of the row, or a quarter of those of the tile.
 #define HELD (FORWARD ? 8 : 2)
@@ -365,7 +328,7 @@ DEVICE void finish_sums(float (&totals)[64], const Work& work, const Tiles& tile
   float sum = 0;
 #pragma unroll 16
   for (int i = 0; i < 64; ++i) sum += room[i * LINE + thread];
-  const int lanes = work.lanes * CLUSTER, width = gridDim.x / lanes * TILE_COLUMNS;
+  const int lanes = work.lanes, width = gridDim.x / lanes * TILE_COLUMNS;
   work.partials[int64(tiles.first) * width + tiles.column + thread] = sum;
   SHARED uint32 ticket;
   consumers_sync();
@@ -428,7 +391,7 @@ DEVICE void consume(
   if (lane == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-KERNEL void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) fused_product(
+KERNEL void __launch_bounds__(THREADS, 1) fused_product(
     const __grid_constant__ TensorMap left, const __grid_constant__ TensorMap right,
     const __grid_constant__ TensorMap out, const Work work) {
   DYNAMIC_SHARED(dynamic);
@@ -441,21 +404,19 @@ KERNEL void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) fused_
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < STAGES; ++slot) {
       barrier_init(rooms.full + 8 * slot, 1);
-      barrier_init(rooms.empty + 8 * slot, CONSUMER_WARPS * CLUSTER);
+      barrier_init(rooms.empty + 8 * slot, CONSUMER_WARPS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  cluster_sync();
+  __syncthreads();
   const Tiles tiles = tiles_of(work);
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (threadIdx.x == 0) produce(&left, &right, work, tiles, rooms);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     consume(&out, work, tiles, rooms, numbers, reinterpret_cast<float*>(aligned));
   }
-  __syncwarp();
-  cluster_sync();  // a block's shared memory is written and its barriers are told by the others of the cluster
 }
 
 #endif

@@ -20,10 +20,9 @@ from dlrm.interaction_cuda import row_stride
 from dlrm.nvrtc import Defines, branch_arch, c_type, load, native_arch
 
 SOURCE = Path(__file__).with_name("fused_products.cu")
-CLUSTER, STAGES = 1, 4
-"""Blocks that share what they read of the weight, and pieces of the operands in shared memory."""
 THREADS = 384
-TILE_ROWS, TILE_COLUMNS, DEPTH = 128, 256, 64
+TILE_ROWS, TILE_COLUMNS, DEPTH, STAGES = 128, 256, 64, 4
+"""As in the source."""
 _ARCH = "90a"
 _KEPT_MAPS = 4096
 _ALIGNED = 16
@@ -61,7 +60,7 @@ def supports(left: Any, weight: Any, out: Any, columns: int) -> bool:
         and all(array.dtype.name in ("float16", "uint16") and array.dtype == left.dtype for array in arrays)
         and all(row_stride(array) * array.itemsize % _ALIGNED == 0 for array in arrays)
         and all(array.data.ptr % _ALIGNED == 0 for array in arrays)
-        and columns <= TILE_COLUMNS * _multiprocessors() // CLUSTER
+        and columns <= TILE_COLUMNS * _multiprocessors()
     )
 
 
@@ -135,10 +134,9 @@ def _launch(
     sums: Any | None = None,
 ) -> None:
     rows = len(left)
-    defines = (("NUMBER", c_type(left)), *form, ("CLUSTER", CLUSTER), ("STAGES", STAGES))
-    kernel = load(SOURCE, "fused_product", defines)
-    across, down = -(-columns // TILE_COLUMNS), -(-rows // (TILE_ROWS * CLUSTER))
-    lanes = min(kernel.multiprocessors // CLUSTER // across, down)
+    kernel = load(SOURCE, "fused_product", (("NUMBER", c_type(left)), *form))
+    across, down = -(-columns // TILE_COLUMNS), -(-rows // TILE_ROWS)
+    lanes = min(kernel.multiprocessors // across, down)
     lanes = -(-down // -(-down // lanes))  # as few as take as long
     work = np.zeros(1, _WORK)
     work["num_rows"], work["columns"], work["depth"], work["lanes"] = rows, columns, depth, lanes
@@ -152,7 +150,7 @@ def _launch(
     maps = (
         _Map(left, rows, depth, TILE_ROWS, DEPTH).words(), right.words(), _Map(out, rows, columns, 16, 64).words()
     )  # fmt: skip
-    kernel(lanes * across * CLUSTER, THREADS, *maps, work, shared_bytes=_shared_bytes())
+    kernel(lanes * across, THREADS, *maps, work, shared_bytes=_shared_bytes())
 
 
 def _shared_bytes() -> int:

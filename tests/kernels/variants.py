@@ -69,10 +69,7 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
         ),
     ),
     "dlrm/fused_products.cu": tuple(
-        (
-            ("NUMBER", number), ("FORWARD", forward), ("MASKED", masked), ("SUMMED", summed), ("CLUSTER", 2),
-            ("STAGES", 4),
-        )
+        (("NUMBER", number), ("FORWARD", forward), ("MASKED", masked), ("SUMMED", summed))
         for number, forward, masked, summed in (
             ("half_t", 0, 0, 0), ("half_t", 0, 0, 1), ("bfloat_t", 1, 0, 0), ("bfloat_t", 1, 1, 0),
         )
