@@ -53,7 +53,7 @@ def lanes_chart(lanes: Mapping[str, Any], name: str, tick: str) -> str:
         _axis(place, end - start),
         *(_lane(lane, top, bottom, runs, place, name) for lane, top, bottom in _LANES),
         *(_crossing(giver, taker, place) for giver, taker in crossings(runs)),
-        *(_run(run, place) for run in runs),
+        *(_run(run, place, shares=_shares_lane(run, runs)) for run in runs),
         _ticks(runs, place, tick),
         _legend(name),
         "</svg>",
@@ -125,18 +125,33 @@ def _crossing(giver: Run, taker: Run, place: _Scale) -> str:
     return f'<path class="crossing" d="M{path}Z"><title>{escape(hint)}</title></path>'
 
 
-def _run(run: Run, place: _Scale) -> str:
+def _shares_lane(run: Run, runs: Sequence[Run]) -> bool:
+    """Whether the dense lane worked on another batch at that time, too."""
+    return lane_of(run.stage) == "dense" and any(
+        lane_of(other.stage) == "dense"
+        and other.number != run.number
+        and min(run.end, other.end) > max(run.start, other.start)
+        for other in runs
+    )
+
+
+def _run(run: Run, place: _Scale, *, shares: bool) -> str:
+    """One bar; in a shared lane half as high, batches ahead above."""
     lane = lane_of(run.stage)
     top = _DENSE if lane == "dense" else _EXCHANGE if run.stage in _EXCHANGES else _MEMORY
+    height = _ROW / 2 if shares else _ROW
+    if shares and run.number == run.tick:
+        top += height
     tone = "muted" if lane == "other" else "b" if lane == "dense" else "d" if run.stage in _EXCHANGES else "a"
     x, width = place(run.start), max(place(run.end) - place(run.start), 0.6)
     hint = f"{run.stage.replace('_', ' ')}, batch {run.number:,}: {run.end - run.start:.3f} ms"
     shade = " later" if run.number % 2 else ""  # neighbouring batches are told apart
-    bar = f'<rect class="run tone-{tone}{shade}" x="{x:.1f}" y="{top}" width="{width:.2f}" height="{_ROW}" rx="2">'
+    bar = f'<rect class="run tone-{tone}{shade}" x="{x:.1f}" y="{top}" width="{width:.2f}" height="{height:g}" rx="2">'
     words = next(
         (text for text in (f"{_SHORT[run.stage]} {run.number}", _SHORT[run.stage]) if 6.4 * len(text) < width), ""
     )
-    label = f'<text class="run-name" x="{x + width / 2:.1f}" y="{top + 18}" text-anchor="middle">{escape(words)}</text>'
+    middle = x + width / 2, top + height / 2 + 4
+    label = f'<text class="run-name" x="{middle[0]:.1f}" y="{middle[1]:g}" text-anchor="middle">{escape(words)}</text>'
     return f"{bar}<title>{escape(hint)}</title></rect>" + (label if words else "")
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dlrm.device import Recording
 from dlrm.host_streams import DoneEvent, InlineStream
 from pipeline.schedule import (
     EVAL_OVERLAPPED,
@@ -52,6 +53,7 @@ class FakeFlight:
     number = None
     whole = False
     recording = None
+    form = 0
 
     def accept(self, number):
         self.number = number
@@ -109,8 +111,9 @@ class NotingDevice(InlineDevice):
 @pytest.mark.parametrize("partial_batch", [None, 5, 0])
 def test_a_tick_may_be_recorded_where_every_batch_of_it_is_whole(partial_batch):
     ring = [FakeFlight() for _ in range(ring_size(AHEAD))]
-    for place, flight in enumerate(ring):
-        flight.recording = place
+    for flight in ring:
+        flight.recording = Recording()
+    places = {id(flight.recording): place for place, flight in enumerate(ring)} | {id(None): None}
 
     def batches():
         for number in range(6):
@@ -125,7 +128,7 @@ def test_a_tick_may_be_recorded_where_every_batch_of_it_is_whole(partial_batch):
     for tick in range(-2, 6):
         if partial_batch in (tick, tick + 1):
             expected[tick + 2] = None
-    assert device.noted.recordings == expected
+    assert [places[id(recording)] for recording in device.noted.recordings] == expected
 
 
 def test_the_ring_holds_one_flight_more_than_the_batches_ahead():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dlrm.device import Recording
 from dlrm.errors import ConfigError
 from dlrm.host_streams import DoneEvent, InlineStream
 from embedding.comm import SingleComm
@@ -87,7 +89,8 @@ class QuietStages:
 
 class FakeFlight:
     whole = True
-    recording = "recorded"
+    recording = Recording()
+    form = 0
 
     def accept(self, number):
         self.number = number
@@ -126,7 +129,7 @@ def test_where_steps_are_replayed_only_chosen_ones_are_issued_and_timed():
     device = TickingDevice(replays=True)
     clock = StageClock(device, Timeline(device, {2, 3}))
     run_schedule(TRAIN_SEQUENTIAL, 6, clock, device)
-    assert device.recordings[:6] == ["recorded", "recorded", None, None, "recorded", "recorded"]
+    assert [bool(recording) for recording in device.recordings[:6]] == [True, True, False, False, True, True]
     assert {run.tick for run in clock.timeline.runs()} == {2, 3}
     assert clock.take_ms() == dict.fromkeys(S, 1000.0)
 
@@ -209,6 +212,21 @@ def test_the_picture_has_every_run_every_gap_and_the_ratio(tmp_path):
     bands = sum({(S.output_dist, n), (S.top_forward, n)} <= both for n in numbers)
     bands += sum({(S.top_backward, n), (S.grad_dist, n)} <= both for n in numbers)
     assert picture.count('class="crossing"') == bands == 6
+
+
+def test_batches_that_share_the_dense_lane_are_drawn_beside_each_other(tmp_path):
+    """On one GPU the bottom layers of a batch run beside the top layers of the one before."""
+    runs = [
+        Run(S.top_forward, "dense", 4, 4, 0.0, 0.004), Run(S.bottom_forward, "ahead", 5, 4, 0.001, 0.002),
+        Run(S.top_forward, "dense", 5, 5, 0.004, 0.005),
+    ]  # fmt: skip
+    write_trace(tmp_path, runs)
+    picture = lanes_chart(read_lanes(tmp_path)["train"], "x", "step")
+    bars = re.findall(r'<rect class="run tone-b[^"]*" x="[^"]*" y="([^"]*)" width="[^"]*" height="([^"]*)"', picture)
+    (top, half), (ahead, also), (alone, whole) = ([float(number) for number in bar] for bar in bars[:3])
+    assert half == also == whole / 2
+    assert top == ahead + half
+    assert alone == ahead
 
 
 def test_nothing_traced_draws_nothing(tmp_path):
