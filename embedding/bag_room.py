@@ -17,6 +17,7 @@ from embedding.column_groups import uncut
 from embedding.jagged import Jagged
 from embedding.placement import Plan
 from embedding.topology import start_of
+from embedding.touched_rows import most_touched
 
 
 @dataclass(slots=True)
@@ -76,6 +77,7 @@ class BagRoom:
         variance: [W] of that.
         even: whether a row takes as many keys of every table as it has features, always.
         distinct: see ``captured_placement.node_rows``; ``None``: no nodes to exchange by, or not known.
+        touched: see ``touched_rows.most_touched``; ``None``: not known.
         sigmas: standard deviations above what is expected.
     """
 
@@ -84,6 +86,7 @@ class BagRoom:
     variance: Array
     even: bool
     distinct: Sequence[int] | None = None
+    touched: int | None = None
     sigmas: float = SIGMAS
 
     @classmethod
@@ -108,7 +111,8 @@ class BagRoom:
         distinct = None
         if nodes is not None and sample.num_rows >= batch:
             distinct = most_distinct(plan, sample.by_node(nodes, plan.ranks, batch), sigmas)
-        return cls(tuple(features), taken.mean(axis=0), taken.var(axis=0), even, distinct, sigmas)
+        touched = most_touched(plan, sample.keys, sigmas) if sample.num_rows >= batch else None
+        return cls(tuple(features), taken.mean(axis=0), taken.var(axis=0), even, distinct, touched, sigmas)
 
     def slots(self, rows: int) -> int:
         """Places of each feature for ``rows`` rows: a quarter more where bags differ."""

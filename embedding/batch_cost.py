@@ -62,7 +62,12 @@ def batch_bytes(
 
 
 def capacity_bytes(
-    plan: Plan, capacities: Sequence[int], *, exchange_itemsize: int, distinct: Sequence[int] | None = None
+    plan: Plan,
+    capacities: Sequence[int],
+    *,
+    exchange_itemsize: int,
+    distinct: Sequence[int] | None = None,
+    touched: int | None = None,
 ) -> dict[str, Bytes]:
     """Bytes of one step over lists of fixed capacity (``captured_exchange``), whatever the batch's keys are.
 
@@ -77,6 +82,7 @@ def capacity_bytes(
         exchange_itemsize: bytes of a number of a vector between ranks; replicated rows' gradients are float32.
         distinct: [W] U_o, most distinct rows that a node, or where they are de-duplicated a rank, asks of each rank;
             ``None``: as many as lists have room for.
+        touched: R, replicated rows whose gradients are summed; ``None``: all.
 
     Returns:
         By exchange [W], what each rank sends (keys do not travel); ``all_reduce`` with the flag of lists that ran
@@ -85,8 +91,8 @@ def capacity_bytes(
     size = np.asarray(capacities, np.int64)
     node = np.array(node_of_ranks(plan.ranks, plan.nodes))
     same = node[:, None] == node[None, :]
-    replicated = 4 * sum(p.threshold * spec.dim for spec, p in zip(plan.specs, plan.placements, strict=True))
-    reduced = ring_bytes(replicated, plan.ranks)
+    replicated = sum(placement.threshold for placement in plan.placements) if touched is None else touched
+    reduced = ring_bytes(4 * replicated * plan.specs[0].dim, plan.ranks)
     if deduplicates(plan):
         size = (size if distinct is None else np.minimum(np.asarray(distinct, np.int64), size)) + 1
         reduced += ring_bytes(_FLAG_BYTES, plan.ranks)

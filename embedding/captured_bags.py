@@ -105,7 +105,8 @@ class ExchangedBags:
         self._exchange = ExchangedEmbedding(
             plan=plan, comm=comm, topology=topology, device=device, optimizer=optimizer, table_dtype=table_dtype,
             seed=seed, first=0, deterministic=deterministic, exchange_precision=exchange_precision,
-            hierarchical=hierarchical, distinct=room.distinct, features=self._features, lists=lists,
+            hierarchical=hierarchical, distinct=room.distinct, touched=room.touched, features=self._features,
+            lists=lists,
         )  # fmt: skip
         self.specs, self.plan, self.comm, self.topology, self.first = plan.specs, plan, comm, topology, first
         self._device, self._room, self._dim = device, room, plan.specs[0].dim

@@ -31,6 +31,7 @@ from embedding.column_groups import column_groups
 from embedding.comm import Comm
 from embedding.exchange_buffers import ExchangeBuffers, GroupBuffers
 from embedding.placement import Plan
+from embedding.reduce_way import ReduceWay
 from embedding.table import Shard
 from embedding.topology import Topology
 from embedding.wire import Precision
@@ -64,6 +65,7 @@ class ExchangedEmbedding:
         sigmas: float = SIGMAS,
         hierarchical: bool = False,
         distinct: Sequence[int] | None = None,
+        touched: int | None = None,
         listed: bool = False,
         sends: bool = False,
         features: Sequence[int] | None = None,
@@ -88,6 +90,8 @@ class ExchangedEmbedding:
             hierarchical: rows and gradients go by node (``node_route``); ``topology`` has groups of the device then.
             distinct: of each rank the most rows of tables that are not cut that a node, or where rows are de-duplicated
                 a rank, asks for (``captured_placement.node_rows``); ``None``: as many as lists have room for.
+            touched: most replicated rows that a batch looks up (``touched_rows.most_touched``): where the plan predicts
+                that to be faster, their gradients alone are summed over the ranks; ``None``: those of all.
             listed: in training rows are not put into the vectors: whoever reads them finds them by ``lists.sources`` in
                 ``weight`` and among what has come (``FlatRoute.come``); not with ``hierarchical``, nor where tables
                 are cut by columns or rows de-duplicated.
@@ -109,12 +113,12 @@ class ExchangedEmbedding:
         form = ExchangeForm(
             comm=comm, topology=topology, device=device, optimizer=optimizer, table_dtype=table_dtype, seed=seed,
             deterministic=deterministic, precision=exchange_precision, sigmas=sigmas, hierarchical=hierarchical,
-            listed=listed and len(groups) == 1, sends=sends,
+            listed=listed and len(groups) == 1, sends=sends, way=ReduceWay.of(plan, range(len(plan.specs))),
         )  # fmt: skip
         self._groups = [
             ExchangedGroup(
                 group, form, None if shares is None else shares[list(group.tables)],
-                distinct if group.parts == 1 else None, lists or {},
+                distinct if group.parts == 1 else None, touched, lists or {},
             )
             for group in groups
         ]  # fmt: skip

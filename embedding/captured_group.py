@@ -36,7 +36,7 @@ from embedding.frequent_rows import place_features
 from embedding.held_tables import HeldTables
 from embedding.node_route import NodeRoute, Nodes
 from embedding.pair_lists import PairLists, count_pairs, list_pairs
-from embedding.reduce_way import ring_bytes
+from embedding.reduce_way import ReduceWay, ring_bytes
 from embedding.row_moves import move_rows
 from embedding.runs import UnitUpdate
 from embedding.sparse_optim import mark_touched, sgd_one_hot
@@ -50,6 +50,7 @@ class ExchangeForm:
 
     Attributes:
         precision: ``exchange_precision``.
+        way: what the plan predicts of sums over replicated rows.
     """
 
     comm: Comm
@@ -64,6 +65,7 @@ class ExchangeForm:
     hierarchical: bool
     listed: bool
     sends: bool
+    way: ReduceWay
 
 
 class ExchangedGroup(HeldTables):
@@ -79,6 +81,7 @@ class ExchangedGroup(HeldTables):
         form: ExchangeForm,
         shares: Array | None,
         distinct: Sequence[int] | None,
+        touched: int | None,
         lists: Mapping[str, Array],
     ) -> None:
         """Allocate and initialise what this rank holds (collective).
@@ -88,6 +91,7 @@ class ExchangedGroup(HeldTables):
             form: what all groups have in common.
             shares: of each of them, as ``ExchangedEmbedding`` takes them; so are the others.
             distinct: see there.
+            touched: see there.
             lists: see there.
 
         Raises:
@@ -95,6 +99,7 @@ class ExchangedGroup(HeldTables):
             DeviceError: there are too many rows.
         """
         self._form, self._shares, self._distinct, self.room = form, shares, distinct, 1.0
+        self._most_touched = touched
         device, comm, optimizer = form.device, form.comm, form.optimizer
         self._dim = group.dim
         self._nodes = Nodes.of(form.topology) if form.hierarchical and form.topology is not None else None
@@ -142,7 +147,8 @@ class ExchangedGroup(HeldTables):
             of = self._group.features.tolist()
             capacities = pair_capacities(self._group.plan, capacity, self._shares, self._form.sigmas, self.room, of)
         distinct = self._distinct and [math.ceil(self.room * most) for most in self._distinct]
-        return self._make(capacity, vectors, grad_vectors, keys, capacities, distinct)
+        touched = None if self._most_touched is None else math.ceil(self.room * self._most_touched)
+        return self._make(capacity, vectors, grad_vectors, keys, capacities, distinct, touched)
 
     def make_room(self, buffers: GroupBuffers) -> None:
         """Have the lists of buffers that are made from now on hold a quarter more than this batch needs.
@@ -163,7 +169,7 @@ class ExchangedGroup(HeldTables):
         call(self._device, count_pairs, buffers.named, global_rows, self._placed.layout, buffers.lists)
         capacities = self._device.to_host(buffers.lists.totals).max(axis=1).tolist()
         same = buffers.capacity, buffers.vectors, buffers.grad_vectors, buffers.keys
-        made = self._make(*same, tuple(capacities), None)
+        made = self._make(*same, tuple(capacities), None, None)
         made.exact = True
         self.input_dist(made, rows, global_rows)
         return made
@@ -176,6 +182,7 @@ class ExchangedGroup(HeldTables):
         keys: Array,
         capacities: tuple[int, ...],
         distinct: Sequence[int] | None,
+        touched: int | None,
     ) -> GroupBuffers:
         device, placed = self._device, self._placed
         trains = grad_vectors is not None
@@ -208,6 +215,8 @@ class ExchangedGroup(HeldTables):
             device=device,
         )  # fmt: skip
         buffers.order = self._sums.order(capacity)
+        if touched is not None:
+            buffers.touched = self._sums.touched(touched, self._form.way)
         return buffers
 
     def _route(self, lists: PairLists, vectors: Any, distinct: Sequence[int] | None, *, trains: bool) -> Route:
@@ -255,7 +264,7 @@ class ExchangedGroup(HeldTables):
             return
         if count := self._named(buffers):
             buffers.update.prepare(route.keys[:count], unit.no_offsets, unit.no_weights, count)
-        self._sums.prepare(lists, rows, buffers.order)
+        self._sums.prepare(lists, rows, buffers.order, buffers.touched)
 
     def lookup(self, buffers: GroupBuffers, *, local: bool = True) -> None:
         """Put the rows that others ask for side by side, and with ``local`` those that lie here into the vectors."""
@@ -284,7 +293,9 @@ class ExchangedGroup(HeldTables):
         check_trains(buffers.grad_vectors)
         gradients = None if self._form.listed and self._form.sends else self._flat(buffers.grad_vectors)
         buffers.route.inward(gradients, buffers.scale(self.comm.size), own=not self._adds)
-        self._sums.reduce(buffers.lists, buffers.num_rows, buffers.order, buffers.grad_vectors)
+        self._sums.reduce(
+            buffers.lists, buffers.num_rows, buffers.order, buffers.touched, buffers.grad_vectors
+        )  # fmt: skip
 
     def sparse_update(self, buffers: GroupBuffers, scalars: Array, guard: Array) -> None:
         """Update the rows that the global batch looked up, from gradients times the loss scale.
@@ -326,7 +337,8 @@ class ExchangedGroup(HeldTables):
     def bytes_sent(self, buffers: GroupBuffers) -> dict[str, int]:
         """Bytes that a batch hands to the carrier for other ranks, inside nodes and between (``capacity_bytes``)."""
         row_bytes, (outward, inward) = self._dim * buffers.route.gradients.dtype.itemsize, buffers.route.sent_rows
-        reduced = 0 if buffers.grad_vectors is None else ring_bytes(self._sums.num_bytes, self.comm.size)
+        summed = 0 if buffers.grad_vectors is None else self._sums.num_bytes(buffers.touched)
+        reduced = ring_bytes(summed, self.comm.size)
         flag = ring_bytes(buffers.lists.flag.nbytes, self.comm.size) if self._told_by_pairs else 0
         return {
             "input_dist": 0,

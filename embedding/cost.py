@@ -34,6 +34,8 @@ ROWS = 0
 """A group's number of column parts where rows travel, not pooled vectors."""
 _PASSES = 3
 """Times that a row's bytes move where it is looked up and updated: read, gradient read, written."""
+_GATHER_PASSES = 4
+"""The same of a gradient that is brought side by side with others, and back."""
 _RELAY_PASSES = 4
 """The same of a row that a lane relays: spread to who asked for it, and its gradients summed."""
 
@@ -54,7 +56,7 @@ class Workload:
         weighted: keys have weights.
         captured: steps of fixed sizes (``captured_exchange``): rows of all tables travel together and no keys do,
             gradients of de-duplicated rows are summed first, gradients of a node before they cross whatever their
-            precision, and those of all replicated rows are summed, as float32.
+            precision, and those of replicated rows are float32.
     """
 
     ranks: int
@@ -166,7 +168,7 @@ class TableDemand:
             touched = touched_bytes(threshold, union, self.spec.dim, work.itemsize)
             dense = float(dense_bytes(threshold, self.spec.dim, work.itemsize))
             if work.captured:
-                touched = dense = 4.0 * threshold * self.spec.dim
+                touched, dense = 4.0 * union * self.spec.dim, 4.0 * threshold * self.spec.dim
             asker += self._seconds(_PASSES * (threshold if work.captured else union))
         return TableCost(
             keys=0.0 if work.captured else sent * work.id_itemsize,
@@ -268,10 +270,27 @@ def group_loads(
 
 def dense_groups(groups: Mapping[GroupKey, GroupLoad], workload: Workload, links: LinkRates) -> frozenset[GroupKey]:
     """The groups whose replicated rows' gradients are summed the dense way."""
+    start = {group: reduce_start_bytes(load.touched, workload, links) for group, load in groups.items()}
+    return frozenset(group for group, load in groups.items() if dense_is_faster(load.touched, load.dense, start[group]))
+
+
+def reduce_start_bytes(touched: float, workload: Workload, links: LinkRates) -> float:
+    """What an all-reduce could send in the time that the touched way takes besides its bytes.
+
+    Args:
+        touched: its bytes.
+        workload: of the step.
+        links: rates.
+    """
+    shape = Shape(workload.ranks, workload.nodes)
     if workload.captured:
-        return frozenset(groups)
-    start = Shape(workload.ranks, workload.nodes).reduce_start_bytes(links)
-    return frozenset(group for group, load in groups.items() if dense_is_faster(load.touched, load.dense, start))
+        return shape.reduced_in(gather_seconds(touched, links), links)
+    return shape.reduce_start_bytes(links)
+
+
+def gather_seconds(touched: float, links: LinkRates) -> float:
+    """What it takes a captured step to bring so many bytes of gradients side by side, and their sums back."""
+    return _GATHER_PASSES * touched / links.work.rows_bytes_per_s
 
 
 class _Adding:
@@ -281,7 +300,8 @@ class _Adding:
         self._work, self._links, self._mode = workload, links, all_to_all
         self._shape = Shape(workload.ranks, workload.nodes)
         self.seconds = dict.fromkeys(("keys", "vectors", "gradients", "all_reduce"), 0.0)
-        self.inside, self.across, self.messages, self.relay_s = dict(self.seconds), dict(self.seconds), 0, 0.0
+        self.inside, self.across, self.messages = dict(self.seconds), dict(self.seconds), 0
+        self.relay_s = self.gather_s = 0.0
 
     def exchange(self, group: GroupKey, load: GroupLoad) -> None:
         """Keys there, vectors back, gradients there."""
@@ -351,8 +371,11 @@ def step_cost(
         for group, load in groups.items():
             if load.travels:
                 adding.exchange(group, load)
-            if load.touched:
-                adding.all_reduce(*((load.dense, 1) if group in dense else (load.touched, 2)))
+            if load.touched and group in dense:
+                adding.all_reduce(load.dense, 1)
+            elif load.touched:
+                adding.all_reduce(load.touched, 1 if workload.captured else 2)
+                adding.gather_s += gather_seconds(load.touched, links) * workload.captured
     seconds = adding.seconds
     # Work beside an exchange counts as far as it lasts longer.
     beside = (
@@ -360,7 +383,7 @@ def step_cost(
         ("gradients", sum(cost.beside_gradients_s for cost in costs)),
     )
     rest = sum(max(0.0, work - seconds[name]) for name, work in beside)
-    seconds["work"] = asker_s + adding.relay_s + float(owner_s.max()) + rest
+    seconds["work"] = asker_s + adding.relay_s + adding.gather_s + float(owner_s.max()) + rest
     return StepCost(inside=adding.inside, across=adding.across, messages_across=adding.messages, seconds=seconds)
 
 
@@ -375,7 +398,10 @@ def balanced_seconds(cost: TableCost, workload: Workload, links: LinkRates) -> f
                                                                            "across_reduce")},
     )  # fmt: skip
     load = np.full(workload.ranks, (cost.keys + 2 * cost.vectors) / workload.ranks)
-    exchange = shape.seconds(load, started, "flat") + shape.reduce_seconds(cost.reduce_touched, started)
+    reduced = cost.reduce_touched
+    if workload.captured:
+        reduced = min(cost.reduce_dense, reduced + reduce_start_bytes(reduced, workload, links))
+    exchange = shape.seconds(load, started, "flat") + shape.reduce_seconds(reduced, started)
     return exchange + cost.asker_s + cost.owner_s / workload.ranks
 
 

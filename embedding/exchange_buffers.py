@@ -17,6 +17,7 @@ from embedding.captured_update import CapturedUpdate
 from embedding.exchange_route import Route
 from embedding.pair_lists import PairLists
 from embedding.row_sort import RowSort
+from embedding.touched_rows import TouchedRows
 from embedding.wire import Precision
 
 _WIRE_TYPES: dict[Precision, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
@@ -33,6 +34,7 @@ class GroupBuffers(BatchBuffers):
         route: how it travels.
         update: of this rank's own rows; ``None``: forward only.
         order: of the replicated rows' keys, where sums have an order.
+        touched: the replicated rows whose gradients are summed over the ranks; ``None``: all.
         guard: what ``update`` is told of the guard.
         exact: lists are as long as they have to be.
     """
@@ -42,6 +44,7 @@ class GroupBuffers(BatchBuffers):
     route: Route
     update: CapturedUpdate | None = None
     order: RowSort | None = None
+    touched: TouchedRows | None = None
     guard: Array = None
     exact: bool = False
     places: Array = None

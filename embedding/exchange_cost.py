@@ -110,9 +110,13 @@ class Shape:
 
     def reduce_start_bytes(self, links: LinkRates) -> float:
         """What an all-reduce could send in the time that it takes to start; 0 for a single rank."""
-        start, many = self.reduce_seconds(0.0, links), float(2**30)
-        moving = self.reduce_seconds(many, links) - start
-        return start / moving * many if moving > 0 else 0.0
+        return self.reduced_in(self.reduce_seconds(0.0, links), links)
+
+    def reduced_in(self, seconds: float, links: LinkRates) -> float:
+        """What an all-reduce that has started could send in some time; 0 for a single rank."""
+        many = float(2**30)
+        moving = self.reduce_seconds(many, links) - self.reduce_seconds(0.0, links)
+        return seconds / moving * many if moving > 0 else 0.0
 
 
 def _reduce_seconds(size: float, ranks: int, link: Link, count: int) -> float:

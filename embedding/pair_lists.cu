@@ -251,3 +251,33 @@ KERNEL void __launch_bounds__(THREADS) unsort_slots(
   const int64 i = int64(blockIdx.x) * THREADS + threadIdx.x;
   if (i < count) out[named[i]] = int(slots[i]);
 }
+
+// counts[n] = touched rows in tile n.
+KERNEL void __launch_bounds__(THREADS) count_touched(
+    const unsigned char* __restrict__ touched, uint32 size, uint32* __restrict__ counts) {
+  const int lane = threadIdx.x % LANES;
+  const uint32 index = blockIdx.x * WARPS + threadIdx.x / LANES;
+  if (index * TILE >= size) return;
+  uint32 count = 0;
+  for (uint32 k = index * TILE; k < (index + 1) * TILE && k < size; k += LANES) {
+    count += __popc(__ballot_sync(ALL_LANES, k + lane < size && touched[k + lane]));
+  }
+  if (lane == 0) counts[index] = count;
+}
+
+// rows = the touched rows in ascending order, as many as there is room for; -1 behind them.
+KERNEL void __launch_bounds__(THREADS) list_touched(
+    const unsigned char* __restrict__ touched, uint32 size, const uint32* __restrict__ counts,
+    const uint32* __restrict__ total, uint32 room, int* __restrict__ rows) {
+  for (uint32 i = *total + blockIdx.x * THREADS + threadIdx.x; i < room; i += gridDim.x * THREADS) rows[i] = -1;
+  const int lane = threadIdx.x % LANES;
+  const uint32 index = blockIdx.x * WARPS + threadIdx.x / LANES;
+  if (index * TILE >= size) return;
+  uint32 known = counts[index];
+  for (uint32 k = index * TILE; k < (index + 1) * TILE && k < size; k += LANES) {
+    const bool there = k + lane < size && touched[k + lane];
+    const uint32 heads = __ballot_sync(ALL_LANES, there), at = known + __popc(heads & ((1u << lane) - 1));
+    known += __popc(heads);
+    if (there && at < room) rows[at] = int(k + lane);
+  }
+}

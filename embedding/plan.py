@@ -10,8 +10,7 @@ import numpy as np
 
 from dlrm.config import OptimizerConfig
 from dlrm.errors import ConfigError
-from embedding.cost import TableDemand, Workload, dense_groups, group_loads, step_cost
-from embedding.exchange_cost import Shape
+from embedding.cost import TableDemand, Workload, dense_groups, group_loads, reduce_start_bytes, step_cost
 from embedding.frequency import Frequency, candidate_thresholds, hugectr_threshold
 from embedding.links import DEFAULT, LinkRates
 from embedding.placement import (
@@ -352,7 +351,7 @@ def _predicted(best: Candidate, workload: Workload, links: LinkRates, seconds: M
         )
     return replace(
         plan,
-        reduce_start_bytes=Shape(workload.ranks, workload.nodes).reduce_start_bytes(links),
+        reduce_start_bytes=reduce_start_bytes(sum(load.touched for load in groups.values()), workload, links),
         batch_size=workload.batch_size,
         predictions=tuple(predictions),
         step_seconds=best.cost.total_s,

@@ -22,6 +22,7 @@ from embedding.placement import Plan
 from embedding.plan import plan_from_values
 from embedding.plan_trial import plans_on_first_rank
 from embedding.topology import Topology
+from embedding.touched_rows import most_touched
 from pipeline.checkpoint import Checkpoint
 from pipeline.dataset import Dataset
 from pipeline.frequency_orders import FrequencyOrders, FrequentLists, may_list, saved_lists
@@ -132,12 +133,14 @@ class ListRoom:
     Attributes:
         shares: [T, W], see ``owner_shares``.
         distinct: see ``node_rows``; ``None``: no nodes to exchange by, or not known.
+        touched: see ``most_touched``; ``None``: not known.
         sigmas: standard deviations above what is expected.
         bags: the same of rows that have bags; ``None``: every bag holds one key, and batches come as records.
     """
 
     shares: NDArray[np.float64]
     distinct: Sequence[int] | None
+    touched: int | None = None
     sigmas: float = SIGMAS
     bags: BagRoom | None = None
 
@@ -164,7 +167,9 @@ def measure_lists(
     own = [part.keys.reshape(tables, -1).astype(np.int64) for part in parts]
     keys = np.concatenate([*own, np.empty((tables, 0), np.int64)], axis=1)
     keys = np.stack([places_of_rows(row, rows) for row, rows in zip(keys, frequent, strict=True)])
-    distinct = None
-    if nodes is not None and keys.shape[1] >= wanted:
-        distinct = node_rows(plan, keys[:, :wanted], nodes)
-    return ListRoom(owner_shares(plan, list(keys)), distinct)
+    shares = owner_shares(plan, list(keys))
+    if keys.shape[1] < wanted:
+        return ListRoom(shares, None)
+    keys = keys[:, :wanted]
+    distinct = None if nodes is None else node_rows(plan, keys, nodes)
+    return ListRoom(shares, distinct, most_touched(plan, list(keys), SIGMAS))

@@ -31,6 +31,7 @@ CUDA_MODULES = (
     "embedding.runs_cuda",
     "embedding.sorted_update_cuda",
     "embedding.sparse_optim_cuda",
+    "embedding.touched_rows_cuda",
     "pipeline.score_groups_cuda",
     "pipeline.score_sums_cuda",
     "pipeline.split_records_cuda",

@@ -22,6 +22,7 @@ from embedding import (
     runs_cuda,
     sorted_update_cuda,
     sparse_optim_cuda,
+    touched_rows_cuda,
 )
 from embedding.frequent_rows import FrequentRows, place_features, places_of_rows
 from embedding.pair_lists import PairLayout, PairLists, count_pairs, list_pairs
@@ -32,6 +33,7 @@ from embedding.runs import Runs, UnitUpdate, number_runs, sum_runs
 from embedding.sorted_update import update_summed
 from embedding.sparse_optim import KINDS, constants, sgd_one_hot, state_specs
 from embedding.topology import share_of
+from embedding.touched_rows import TouchedRows, list_touched
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ranks"))
 
@@ -130,6 +132,21 @@ def test_places_of_listed_rows(machine: Any, wide: bool, rng: np.random.Generato
         assert places.tolist() == (kept if feature == 2 else np.array(at)).tolist()
     mine = expected.reshape(keys.shape)
     assert mine[keys < 0].tolist() == [-1] * int((keys < 0).sum())
+
+
+@pytest.mark.parametrize(("rows", "short"), [(1, 0), (700, 0), (5000, 3), (513, 1)])
+def test_touched_rows(machine: Any, rows: int, short: int, rng: np.random.Generator) -> None:
+    touched = (rng.random(rows) < 0.3).astype(np.uint8)
+    touched[-1] = 1
+    room = int(touched.sum()) - short + (0 if short else 7)
+    expected, flag = TouchedRows.create(HOST, rows, np.zeros((room, 4), np.float32)), np.zeros(1, np.int32)
+    found, there = on_machine(machine, expected, rows=77, total=77, counts=77), machine.array(flag)
+    touched_rows_cuda.list_touched(machine.array(touched), found, there)
+    list_touched(touched, expected, flag)
+    assert machine.host(there)[0] == flag[0] == (short > 0)
+    assert machine.host(found.total)[0] == touched.sum()
+    np.testing.assert_array_equal(machine.host(found.rows), expected.rows)
+    assert expected.rows[expected.rows >= 0].tolist() == np.flatnonzero(touched)[:room].tolist()
 
 
 @pytest.mark.parametrize(("groups", "size", "short"), [(1, 5, 0), (3, 1100, 0), (2, 700, 9), (7, 64, 0), (1, 1, 1)])
@@ -286,7 +303,7 @@ class KernelDevice(HostDevice):
 
 @pytest.mark.parametrize(
     ("number", "ranks"),
-    [(0, 2), (4, 3), (7, 2), (8, 4), (9, 3), (10, 2), (11, 4), (12, 4), (18, 4), (20, 3), (24, 4), (25, 2)],
+    [(0, 2), (4, 3), (7, 2), (8, 4), (9, 3), (10, 2), (11, 4), (12, 4), (18, 4), (20, 3), (25, 2), (27, 3), (28, 2)],
 )
 def test_ranks_train_as_one(machine: Any, number: int, ranks: int) -> None:
     if not machine.emulated:

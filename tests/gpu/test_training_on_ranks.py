@@ -16,6 +16,7 @@ from dlrm.errors import ConfigError
 from dlrm.interaction import listed_interaction_backward
 from dlrm.scalars import SKIPPED_STEPS
 from embedding.captured_exchange import ExchangedEmbedding
+from embedding.captured_sums import CapturedSums
 from embedding.placement import plan_from_values
 from pipeline import engine, engine_cuda
 from pipeline.checkpoint import open_checkpoint
@@ -30,7 +31,11 @@ DATA = "synthetic:criteo-terabyte?rows=16000&scale=20000"
 """Two batches of evaluation rows, by 400."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "sgd": {},
-    "adam, deterministic": {"optimizer": {"kind": "adam", "lr": 0.01}, "deterministic": True},
+    "adam, deterministic, touched": {
+        "optimizer": {"kind": "adam", "lr": 0.01},
+        "deterministic": True,
+        "embedding": {"placement": "replicated"},
+    },
     "uneven, once": {"data": {"batch_size": 67}, "embedding": {"deduplicate": True}},
     "increments, columns": {
         "checkpoint": {"incremental": True},
@@ -75,14 +80,25 @@ def check(directory: Path, result: TrainResult, other: Path, expected: TrainResu
 
 @pytest.mark.parametrize(
     ("ranks", "name"),
-    [(2, "sgd"), (4, "adam, deterministic"), (3, "uneven, once"), (2, "increments, columns")],
+    [(2, "sgd"), (4, "adam, deterministic, touched"), (3, "uneven, once"), (2, "increments, columns")],
 )  # fmt: skip
-def test_ranks_train_as_one(emulated: Any, ranks: int, name: str, tmp_path: Path) -> None:
+def test_ranks_train_as_one(
+    emulated: Any, ranks: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways, choose = [], CapturedSums.touched
+
+    def noted(self: CapturedSums, *arguments: Any) -> Any:
+        ways.append(choose(self, *arguments))
+        return ways[-1]
+
+    monkeypatch.setattr(CapturedSums, "touched", noted)
     one = run_on(1, tmp_path / "one", emulated, **changes_of(name))
     several = run_on(ranks, tmp_path / "several", emulated, **changes_of(name))
     check(tmp_path / "several", several, tmp_path / "one", one)
     assert records(tmp_path / "several", "step")[-1]["overflows"] == 0
     assert records(tmp_path / "several", "start")[0]["carrier"] == "staged"
+    assert len(ways) >= ranks
+    assert all((way is not None) == ("touched" in name) for way in ways)
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")

@@ -84,27 +84,28 @@ def test_what_the_config_forces_is_obeyed(dataset: Dataset) -> None:
 
 
 def test_a_plan_for_gpus_counts_what_they_send(dataset: Dataset) -> None:
-    """No keys, every occurrence of a row, and the gradients of all replicated rows; no table cut by columns."""
+    """No keys, every occurrence of a row, gradients of touched or all replicated rows; no table cut by columns."""
     config = config_of(dataset)
     known = planning.calibrate(config, dataset)
     plans = planning.plan_several(config, dataset.tables, ranks=4, calibration=known, captured=True)
     assert not any(placement.deduplicate for plan in plans for placement in plan.placements)
     assert not any(placement.kind == "column_wise" for plan in plans for placement in plan.placements)
     first = dataset.tables[0]
-    forced = config_of(
-        dataset, placement="row_wise", tables={first.name: {"placement": "hybrid", "threshold": first.rows - 1}}
-    )
-    on_gpus, on_cpus = (
-        dict(
-            planning.plan_tables(
-                forced, dataset.tables, ranks=4, calibration=known, captured=captured, links=FREE
-            ).seconds
+    for threshold in (first.rows - 1, 2):
+        forced = config_of(
+            dataset, placement="row_wise", tables={first.name: {"placement": "hybrid", "threshold": threshold}}
         )
-        for captured in (True, False)
-    )
-    assert on_gpus["keys"] == 0 < on_cpus["keys"]
-    # 2 (W - 1) / W of 4 bytes a number.
-    assert on_gpus["all_reduce"] == pytest.approx(1.5 * 4 * (first.rows - 1) * 8 / FREE.inside_reduce.bytes_per_s)
+        on_gpus, on_cpus = (
+            planning.plan_tables(forced, dataset.tables, ranks=4, calibration=known, captured=captured, links=FREE)
+            for captured in (True, False)
+        )
+        seconds = dict(on_gpus.seconds)
+        assert seconds["keys"] == 0 < dict(on_cpus.seconds)["keys"]
+        touched = on_gpus.predictions[0].touched_rows
+        assert (touched < threshold / 2) == (threshold > 2)
+        # 2 (W - 1) / W of 4 bytes a number.
+        rows = touched if threshold > 2 else threshold
+        assert seconds["all_reduce"] == pytest.approx(1.5 * 4 * rows * 8 / FREE.inside_reduce.bytes_per_s)
 
 
 @pytest.mark.parametrize(("nodes", "all_to_all"), [(1, "flat"), (2, "flat"), (2, "hierarchical")])

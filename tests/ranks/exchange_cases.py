@@ -20,6 +20,7 @@ from embedding.jagged import Jagged
 from embedding.placement import Placement, Plan, TableSpec
 from embedding.sparse_optim import constants
 from embedding.topology import Topology, discover, share_of, start_of
+from embedding.touched_rows import most_touched
 
 LR = 0.1
 LOSS_SCALE = 64.0
@@ -39,6 +40,7 @@ class ExchangeCase:
     precision: str = "fp32"
     first: int = 1
     nodes: int = 1
+    touched: bool = False  # gradients of touched rows alone are summed
     once: bool = False  # each distinct row travels once for each pair of ranks
     short: float = 1.0  # below 1: lists have room for this part of what is expected, and for nothing more
 
@@ -136,6 +138,7 @@ class Trainer:
             exchange_precision=case.precision, shares=shares * case.short,  # type: ignore[arg-type]
             sigmas=10.0 if case.short == 1 else 0.0, hierarchical=case.nodes > 1,
             distinct=node_rows(plan, first, nodes, 10.0 if case.short >= 1 else 0.0), lists=lists,
+            touched=most_touched(plan, list(first), 0.5 if case.short >= 1 else -2.0) if case.touched else None,
         )  # fmt: skip
         self.embedding.track_touched()
         self.guard = device.xp.asarray(write_guard(np.empty(SIZE, np.float32), LOSS_SCALE))
@@ -339,6 +342,9 @@ CASES = (
     ExchangeCase(seed=33, kinds=CUT, dim=16, kind="adagrad", short=0.4),
     ExchangeCase(seed=34, kinds=CUT, dim=16, nodes=2, first=0),
     ExchangeCase(seed=35, kinds=("column_wise",) * 6, dim=16, kind="ftrl"),
+    ExchangeCase(seed=45, touched=True, rows=(900, 3, 2000, 20, 9, 4000)),
+    ExchangeCase(seed=46, touched=True, kind="adam", deterministic=True, kinds=("replicated",) * 6, short=0.4),
+    ExchangeCase(seed=48, touched=True, kind="ftrl", kinds=LISTED, nodes=2, batches=(96, 3, 96)),
     ExchangeCase(seed=41, once=True),
     ExchangeCase(seed=42, once=True, kind="adam", deterministic=True, short=0.4, kinds=LISTED),
     ExchangeCase(seed=43, once=True, kind="adagrad", precision="bf16", kinds=CUT, dim=16),

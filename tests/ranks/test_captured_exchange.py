@@ -25,6 +25,7 @@ from embedding.comm_counting import CountingComm
 from embedding.frequent_rows import places_of_rows
 from embedding.placement import Placement, Plan, TableSpec, node_of_ranks
 from embedding.topology import share_of
+from embedding.touched_rows import most_touched
 
 
 @pytest.mark.parametrize("case", xc.CASES, ids=lambda case: f"{case.seed}-{case.kind}")
@@ -45,7 +46,7 @@ def test_exchange_by_nodes(nodes: int, ranks: int, seed: int) -> None:
         np.testing.assert_array_equal(one.vectors[0], other.vectors[0])
 
 
-@pytest.mark.parametrize("form", ["flat", "by node", "once"])
+@pytest.mark.parametrize("form", ["flat", "by node", "once", "touched"])
 @pytest.mark.parametrize(
     ("ranks", "nodes", "precision", "kinds"),
     [(2, 1, "fp32", None), (3, 3, "fp32", None), (4, 2, "fp32", xc.CUT), (4, 2, "bf16", None), (6, 2, "fp32", xc.CUT)],
@@ -57,7 +58,8 @@ def test_bytes_are_those_of_the_capacities(
     by_node, once = form == "by node", form == "once"
     case = xc.ExchangeCase(
         seed=seed, precision=precision, nodes=nodes if by_node else 1, batches=(300, 300, 300),
-        kinds=kinds or xc.ExchangeCase.kinds, dim=16, once=once,
+        kinds=kinds or xc.ExchangeCase.kinds, dim=16, once=once, touched=form == "touched",
+        rows=(900, 3, 90, 800, 9, 40),
     )  # fmt: skip
     plan, keys = xc.plan_of(case, ranks), xc.draw(case)[0][0]
     plan = replace(plan, nodes=nodes, all_to_all="hierarchical" if by_node and nodes > 1 else "flat")
@@ -68,11 +70,14 @@ def test_bytes_are_those_of_the_capacities(
     members = [[rank] for rank in range(ranks)] if once else members
     expected: dict[str, Any] = {}
     for group in column_groups(plan, range(len(case.rows)), case.first):
+        whole = group.parts == 1
+        touched = most_touched(plan, list(keys), 0.5) if whole and case.touched else None
+        assert touched is None or touched < sum(placement.threshold for placement in plan.placements)
         rows, own = share_of(300, ranks, 0), shares[list(group.tables)]
         found = capacity_bytes(
             group.plan, pair_capacities(group.plan, rows, own, features=group.features.tolist()),
             exchange_itemsize=4 if precision == "fp32" else 2,
-            distinct=node_rows(plan, keys, members) if (by_node or once) and group.parts == 1 else None,
+            distinct=node_rows(plan, keys, members) if (by_node or once) and whole else None, touched=touched,
         )  # fmt: skip
         expected = {name: expected.get(name, 0) + values for name, values in found.items()}
 
