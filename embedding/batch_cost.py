@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from embedding.all_reduce import part_multiple
 from embedding.column_groups import deduplicates
-from embedding.cost import HEADER_BYTES, LENGTH_BYTES, ROW_HEADER_BYTES, ROWS, group_of
+from embedding.cost import LENGTH_BYTES
 from embedding.jagged import Jagged
 from embedding.placement import Placement, Plan, node_of_ranks
 from embedding.reduce_way import ReduceWay, ring_bytes
+from embedding.step_cost import HEADER_BYTES, ROW_HEADER_BYTES, ROWS, group_of
 
 Bytes = NDArray[np.int64]
 _WEIGHT_BYTES = 4

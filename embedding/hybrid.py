@@ -31,12 +31,12 @@ from embedding.buffers import BatchBuffers
 from embedding.collection import TableWiseEmbedding
 from embedding.comm import Comm
 from embedding.concat import ConcatGroup
-from embedding.cost import ROWS, group_of
 from embedding.groups import Group, Owners, select_tables
 from embedding.jagged import Jagged
 from embedding.placement import Placement, Plan, TableSpec, places_of
 from embedding.reduce_way import ReduceWay
 from embedding.row_group import RowGroup, given
+from embedding.step_cost import ROWS, group_of
 from embedding.table import Part, Shard
 from embedding.topology import Topology
 from embedding.wire import Precision, Wire

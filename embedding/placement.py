@@ -202,8 +202,7 @@ class Plan:
         all_to_all: how rows and vectors travel between nodes.
         table_bytes: memory of each whole table with its optimiser state, once; left out: 4 bytes a number.
         gradient_bytes: what a replicated row of each table needs besides, for its gradient; left out: 0.
-        reduce_start_bytes: what an all-reduce could send in the time that it takes to start, on GPUs in the time that
-            touched rows take to be brought side by side; 0: not known.
+        reduce_start_bytes: what an all-reduce could send in the time that touched rows cost besides; 0: not known.
         batch_size: G of the predictions; 0: there are none.
         predictions: of each table; empty where nothing was predicted.
         step_seconds: predicted time of exchange, look-up and update in a step; ``None``: not predicted.

@@ -10,7 +10,7 @@ import numpy as np
 
 from dlrm.config import OptimizerConfig
 from dlrm.errors import ConfigError
-from embedding.cost import TableDemand, Workload, dense_groups, group_loads, reduce_start_bytes, step_cost
+from embedding.cost import TableDemand, Workload
 from embedding.frequency import Frequency, candidate_thresholds, hugectr_threshold
 from embedding.links import DEFAULT, LinkRates
 from embedding.placement import (
@@ -28,6 +28,7 @@ from embedding.placement import (
 )
 from embedding.plan_search import STARTS, Candidate, Search, spread
 from embedding.sparse_optim import bytes_per_row
+from embedding.step_cost import dense_groups, group_loads, reduce_start_bytes, step_cost
 
 __all__ = [
     "Forced",

@@ -14,9 +14,10 @@ from typing import TypeAlias
 
 import numpy as np
 
-from embedding.cost import StepCost, TableCost, TableDemand, Workload, balanced_seconds, step_cost
+from embedding.cost import TableCost, TableDemand, Workload
 from embedding.links import LinkRates
 from embedding.placement import AllToAll, Placement, Plan, TableSpec, column_part_bytes
+from embedding.step_cost import StepCost, balanced_seconds, step_cost
 
 _PRICES = (0.0, *(float(price) for price in np.geomspace(1e-16, 1e-4, 49)))
 """Seconds a byte: what a plan gives for less memory, rising until it fits."""

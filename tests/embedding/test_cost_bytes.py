@@ -14,7 +14,7 @@ from dlrm.config import OptimizerConfig
 from dlrm.device import HostDevice
 from embedding.batch_cost import batch_bytes, split_links
 from embedding.comm_counting import CountingComm
-from embedding.cost import TableDemand, Workload, step_cost
+from embedding.cost import TableDemand, Workload
 from embedding.frequency import Frequency
 from embedding.hybrid import HybridEmbedding
 from embedding.jagged import Jagged
@@ -22,6 +22,7 @@ from embedding.links import DEFAULT, Link
 from embedding.placement import Placement, Plan, Pooling, Prediction, TableSpec, node_of_ranks, places_of
 from embedding.plan import Forced, make_plans
 from embedding.reduce_way import ReduceWay
+from embedding.step_cost import step_cost
 from embedding.topology import discover, share_of, start_of
 
 DIM = 8
