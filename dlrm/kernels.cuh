@@ -275,6 +275,12 @@ DEVICE uint4 philox(uint32 c0, uint32 c1, uint32 c2, uint32 c3, uint64 seed) {
   return make_uint4(c0, c1, c2, c3);
 }
 
+// The first row of a rank's share of a batch (embedding/topology.py).
+DEVICE uint32 start_of(uint32 global_rows, uint32 ranks, uint32 rank) {
+  const uint32 rest = global_rows % ranks;
+  return rank * (global_rows / ranks) + (rank < rest ? rank : rest);
+}
+
 // The two blocks of scalars (dlrm/scalars.py has the same places): what the host sends for every step ...
 enum Scalar { LR = 0, INVERSE_ROWS = 1, VALID_ROWS = 2, STEP_LOW = 4, STEP_HIGH = 5, SEED_LOW = 6, SEED_HIGH = 7,
               SPARSE = 8, DENSE = 16 };

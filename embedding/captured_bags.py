@@ -3,17 +3,18 @@
 The keys of a table's bags are spread over so many *features* of one key a row as its bags hold on average; places
 without a key are in no list. ``ExchangedEmbedding`` brings every feature's row to the rank that asks for it, where bags
 are pooled from them by the kernel that pools bags from tables. Gradients go the same way back: that of a bag, times the
-key's weight, to each of its keys. A table whose vectors are not pooled is H bags of one key a row.
+key's weight, to each of its keys. A table whose vectors are not pooled is H bags of one key a row. What lies where is
+found out on the device (``bag_lists``), for as many places as there is room for, so that a captured step serves any
+batch that fits.
 
 Shapes: T tables, W ranks, G rows of the global batch, B of this rank, V vectors of a row, F = first + V places, U
-features, S places of each feature of a rank, K keys of this rank, D columns.
+features, S places of each feature of a rank, D columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,15 @@ import numpy as np
 from dlrm.config import OptimizerConfig
 from dlrm.device import Array, Device
 from dlrm.errors import DataError
+from embedding.bag_lists import BagLayout, GlobalBags, Pooling, list_bags, spread_keys
 from embedding.bag_room import BagRoom, offsets_of
 from embedding.batch import check_arrays, check_bag_keys, check_trains
 from embedding.buffers import NO_WEIGHTS, BatchBuffers
 from embedding.captured_exchange import ExchangedEmbedding
 from embedding.captured_placement import MOST_ROWS
 from embedding.comm import Comm
-from embedding.concat import concat_parts, offsets_of_vectors
 from embedding.exchange_buffers import ExchangeBuffers
+from embedding.exchange_route import call
 from embedding.jagged import Jagged
 from embedding.lookup import gather_pool
 from embedding.pair_lists import PairLists
@@ -38,36 +40,51 @@ from embedding.topology import Topology, start_of
 from embedding.wire import Precision
 
 
-@dataclass(slots=True)
-class Pooling:
-    """Bags of rows that lie side by side; arrays on the device.
-
-    Attributes:
-        keys: [n] int32, a row each.
-        offsets: [bags + 1] int64.
-        weights: [n] float32, or empty.
-    """
-
-    keys: Array
-    offsets: Array
-    weights: Array
-
-
 @dataclass(slots=True, kw_only=True)
 class BagBuffers(BatchBuffers):
-    """One batch in flight.
+    """One batch in flight; its keys are written by whoever uploads the batch.
 
     Attributes:
         inner: of its keys, each a row of the exchange.
-        places: S of this batch.
-        bags: how vectors are pooled from rows.
-        shares: what each row's gradient comes from: for each place of a feature a bag of one vector, or of none.
+        everyones: the bags of all ranks; ``offsets`` is part of ``all_offsets``.
+        all_offsets: [T * G + 1] int64 of the device, for as many rows as there may be.
+        pooled: how vectors are pooled from rows.
+        shares: what each row's gradient comes from; ``None``: forward only.
+        tables: T.
+        form: counts how often these arrays were made anew.
     """
 
     inner: ExchangeBuffers
-    places: int = 0
-    bags: Pooling | None = None
-    shares: Pooling | None = None
+    everyones: GlobalBags
+    all_offsets: Array
+    pooled: Pooling
+    shares: Pooling | None
+    tables: int
+    form: int = 0
+
+    def open(self, rows: int) -> None:
+        """Have ``offsets`` of a global batch of so many rows, to be written."""
+        self.everyones.offsets = self.all_offsets[: self.tables * rows + 1]
+
+    @property
+    def places(self) -> int:
+        """S."""
+        return self.inner.capacity
+
+    @property
+    def keys(self) -> Array:
+        """Of ``everyones``."""
+        return self.everyones.keys
+
+    @property
+    def offsets(self) -> Array:
+        """Of ``everyones``."""
+        return self.everyones.offsets
+
+    @property
+    def weights(self) -> Array:
+        """Of ``everyones``."""
+        return self.everyones.weights
 
     @property
     def lists(self) -> PairLists:
@@ -101,24 +118,26 @@ class ExchangedBags:
             ConfigError: the plan is for other ranks, or has placements that GPUs do not do.
             DeviceError: there are too many rows.
         """
-        self._features = [table for table, count in enumerate(room.features) for _ in range(count)]
+        features = [table for table, count in enumerate(room.features) for _ in range(count)]
         self._exchange = ExchangedEmbedding(
             plan=plan, comm=comm, topology=topology, device=device, optimizer=optimizer, table_dtype=table_dtype,
             seed=seed, first=0, deterministic=deterministic, exchange_precision=exchange_precision,
-            hierarchical=hierarchical, distinct=room.distinct, touched=room.touched, features=self._features,
+            hierarchical=hierarchical, distinct=room.distinct, touched=room.touched, features=features,
             lists=lists,
         )  # fmt: skip
         self.specs, self.plan, self.comm, self.topology, self.first = plan.specs, plan, comm, topology, first
         self._device, self._room, self._dim = device, room, plan.specs[0].dim
-        self._first_feature = np.cumsum([0, *room.features])
-        tables = tables_of_vectors(plan.specs)
-        xp = device.xp
-        self._mean = np.array([plan.specs[table].pooling == "mean" for table in tables], np.bool_)
-        self._mean_of_vector = xp.asarray(self._mean)
-        self._places = np.arange(first, first + len(tables))
-        self._place_of_vector = xp.asarray(self._places)
-        self._zeros = xp.asarray(np.zeros(max(1, len(tables)), np.int64))
+        self._layout = BagLayout.create(
+            plan.specs, room.features, first=first, ranks=comm.size, rank=comm.rank, device=device
+        )
+        vectors, xp = self._layout.vectors, device.xp
+        self._mean_of_vector = xp.asarray(
+            np.array([plan.specs[table].pooling == "mean" for table in tables_of_vectors(plan.specs)], np.bool_)
+        )
+        self._place_of_vector = xp.arange(first, first + vectors, dtype=np.int64)
+        self._zeros = xp.asarray(np.zeros(max(1, vectors), np.int64))
         self._sum = xp.asarray(np.zeros(1, np.bool_))
+        self._no_weights = xp.asarray(NO_WEIGHTS)
 
     # --- what checkpoints ask for
 
@@ -150,25 +169,74 @@ class ExchangedBags:
         Raises:
             ConfigError: an array has another shape, dtype or layout.
         """
-        places = (self.first + len(self._places), self._dim)
+        places = (self.first + self._layout.vectors, self._dim)
         check_arrays(vectors, grad_vectors, capacity, places, vectors.dtype)
-        inner = self._inner(self._room.slots(capacity), capacity, vectors.dtype, trains=grad_vectors is not None)
-        return BagBuffers(capacity=capacity, vectors=vectors, grad_vectors=grad_vectors, inner=inner)
-
-    def _inner(self, places: int, capacity: int, dtype: Any, *, trains: bool) -> ExchangeBuffers:
-        shape = (places, len(self._features), self._dim)
-        rows = self._device.zeros(shape, dtype)
-        gradients = self._device.zeros(shape, dtype) if trains else None
-        return self._exchange.buffers(
-            places, rows, gradients, self._room.capacities(capacity, self._exchange.room)
+        device, ranks = self._device, self.comm.size
+        offsets = device.zeros(len(self.specs) * capacity * ranks + 1, np.int64)
+        return BagBuffers(
+            capacity=capacity, vectors=vectors, grad_vectors=grad_vectors, all_offsets=offsets,
+            tables=len(self.specs),
+            **self._of_places(self._room.slots(capacity), capacity, vectors.dtype, trains=grad_vectors is not None),
+            everyones=GlobalBags(device.zeros(1, np.int32), offsets[:1], self._no_weights),
         )  # fmt: skip
 
+    def _of_places(self, places: int, capacity: int, dtype: Any, *, trains: bool) -> dict[str, Any]:
+        """What a batch has for each place of a feature.
+
+        Raises:
+            DataError: there are more places than can be numbered.
+        """
+        device, layout = self._device, self._layout
+        rows = places * layout.features
+        if rows * self.comm.size >= MOST_ROWS:
+            raise DataError(
+                f"batch: {rows * self.comm.size} places for its keys, but {MOST_ROWS - 1} can be numbered; use a "
+                "smaller one"
+            )
+        shape = (places, layout.features, self._dim)
+        vectors = device.zeros(shape, dtype)
+        gradients = device.zeros(shape, dtype) if trains else None
+        capacities = self._room.capacities(capacity, self._exchange.room)
+        pooled = Pooling(
+            device.zeros(rows, np.int32), device.zeros(layout.vectors * capacity + 1, np.int64), self._no_weights
+        )
+        shares = None
+        if trains:
+            each = device.xp.arange(rows + 1, dtype=np.int64)
+            shares = Pooling(device.zeros(rows, np.int32), each, device.zeros(rows, np.float32))
+        return {
+            "inner": self._exchange.buffers(places, vectors, gradients, capacities),
+            "pooled": pooled,
+            "shares": shares,
+        }
+
+    def make_bags(self, buffers: BagBuffers, num_keys: int, *, weighted: bool, dtype: Any = np.int32) -> None:
+        """Make the arrays of global batches of up to so many keys anew.
+
+        Args:
+            buffers: of a batch; keys are written into them by ``take_bags``, or, after ``open``, by anybody.
+            num_keys: most keys.
+            weighted: whether they have weights.
+            dtype: of the keys.
+        """
+        device, inner, pooled = self._device, buffers.inner, buffers.pooled
+        buffers.form += 1
+        room = max(len(buffers.keys), num_keys)
+        buffers.everyones.keys = device.zeros(room, dtype)
+        buffers.everyones.weights = device.zeros(room, np.float32) if weighted else self._no_weights
+        pooled.weights = device.zeros(len(pooled.keys), np.float32) if weighted else self._no_weights
+        if inner.keys.dtype != dtype:
+            inner.keys = device.zeros(inner.keys.shape, dtype)
+
     def take_bags(self, own: Jagged, everyones: Jagged, buffers: BagBuffers) -> None:
-        """Copy a batch of bags from the host; what has to grow is allocated, so this is nothing for a capture.
+        """Copy a batch of bags from the host, outside of any capture.
+
+        Of a batch that needs more room than there is, the arrays are made anew, on all ranks alike, and ``form`` counts
+        on.
 
         Args:
             own: this rank's.
-            everyones: the keys of the global batch, the same on every rank.
+            everyones: the bags of the global batch, the same on every rank.
             buffers: the batch's.
 
         Raises:
@@ -176,84 +244,39 @@ class ExchangedBags:
                 are more keys than can be numbered.
         """
         check_bag_keys(own, self.specs, f"rank {self.comm.rank}: ")
-        ends = self._ends(everyones)
-        most = np.diff(ends, axis=1).max(axis=1, initial=0)
-        buffers.places = max(1, int((-(-most // np.diff(self._first_feature))).max()))
-        total = buffers.places * len(self._features) * self.comm.size
-        if total >= MOST_ROWS:
-            raise DataError(
-                f"batch: {total} places for its keys, but {MOST_ROWS - 1} can be numbered; use a smaller one"
-            )
-        inner = buffers.inner
-        if buffers.places > inner.capacity:
-            inner = buffers.inner = self._inner(
-                buffers.places + buffers.places // 4, buffers.capacity, buffers.vectors.dtype,
-                trains=buffers.grad_vectors is not None,
-            )  # fmt: skip
-        spread = self._spread(everyones.keys, ends, buffers.places)
-        if inner.keys.dtype != spread.dtype:
-            inner.keys = self._device.empty(inner.keys.shape, spread.dtype)
-        self._device.upload(spread, inner.keys[: len(spread)])
-        self._pool(own, buffers)
+        device, count, weighted = self._device, len(everyones.keys), everyones.weights is not None
+        offsets = offsets_of(everyones)
+        most = self._places_of(offsets, everyones.num_rows)
+        if most > buffers.places:
+            trains = buffers.grad_vectors is not None
+            made_anew = self._of_places(most + most // 4, buffers.capacity, buffers.vectors.dtype, trains=trains)
+            for name, made in made_anew.items():
+                setattr(buffers, name, made)
+            buffers.everyones.weights = self._no_weights  # so that all is made
+        form = (len(buffers.weights) > 0, buffers.keys.dtype)
+        if form != (weighted, everyones.keys.dtype) or count > len(buffers.keys):
+            self.make_bags(buffers, count + count // 4 + 1, weighted=weighted, dtype=everyones.keys.dtype)
+        buffers.open(everyones.num_rows)
+        device.upload(everyones.keys, buffers.keys[:count])
+        device.upload(offsets, buffers.offsets)
+        if weighted:
+            device.upload(everyones.weights, buffers.weights[:count])
 
-    def _ends(self, keys: Jagged) -> Array:
-        """[T, W + 1]: where each rank's keys of a table begin, and where they end."""
-        rows, ranks = keys.num_rows, self.comm.size
+    def _places_of(self, offsets: Array, rows: int) -> int:
+        """The places that a batch needs of its features."""
+        ranks, tables = self.comm.size, len(self.specs)
         starts = np.array([start_of(rows, ranks, rank) for rank in range(ranks + 1)])
-        return offsets_of(keys)[np.arange(keys.num_tables)[:, None] * rows + starts]
-
-    def _spread(self, keys: Array, ends: Array, places: int) -> Array:
-        """Keys as those of features: [U * W * S], -1 where there is none."""
-        spread = np.full((len(self._features), self.comm.size, places), -1, keys.dtype)
-        for feature, own in zip(self._first_feature.tolist(), ends.tolist(), strict=False):
-            for rank, (begin, end) in enumerate(pairwise(own)):
-                whole, rest = divmod(end - begin, places)
-                spread[feature : feature + whole, rank] = keys[begin : end - rest].reshape(whole, places)
-                if rest:
-                    spread[feature + whole, rank, :rest] = keys[end - rest : end]
-        return spread.reshape(-1)
-
-    def _pool(self, own: Jagged, buffers: BagBuffers) -> None:
-        """Work out how vectors come from rows, and gradients of rows from those of vectors."""
-        rows, places, offsets = own.num_rows, buffers.places, offsets_of(own)
-        counts = np.diff(offsets[::rows] if rows else np.zeros(own.num_tables + 1, np.int64))
-        number = np.arange(len(own.keys)) - np.repeat(np.cumsum(counts) - counts, counts)
-        feature = np.repeat(self._first_feature[:-1], counts) + number // places
-        row = (number % places * len(self._features) + feature).astype(np.int32)
-        weights = None if own.weights is None else own.weights.copy()
-        for part, bag_keys in concat_parts(self.specs, offsets, rows):
-            row[part] = row[part].reshape(rows, bag_keys).T.reshape(-1)
-            if weights is not None:
-                weights[part] = weights[part].reshape(rows, bag_keys).T.reshape(-1)
-        offsets = offsets_of_vectors(self.specs, offsets, rows)
-        buffers.bags = self._on_device(row, offsets, weights)
-        if buffers.grad_vectors is None:
-            return
-        lengths = np.diff(offsets)
-        vector = np.repeat(np.arange(len(lengths)) // max(1, rows), lengths)
-        sample = np.repeat(np.arange(len(lengths)) % max(1, rows), lengths)
-        source = (sample * (self.first + len(self._places)) + self._places[vector]).astype(np.int32)
-        factors = np.ones(len(row), np.float32) if weights is None else weights
-        divided = np.repeat(np.where(np.repeat(self._mean, rows), np.maximum(1, lengths), 1), lengths)
-        factors = (factors / divided).astype(np.float32)
-        key_at = np.full(places * len(self._features), -1, np.int64)
-        key_at[row] = np.arange(len(row))
-        there = key_at >= 0
-        key_at, ends = key_at[there], np.concatenate([[0], np.cumsum(there)])
-        buffers.shares = self._on_device(source[key_at], ends, factors[key_at])
-
-    def _on_device(self, keys: Array, offsets: Array, weights: Array | None) -> Pooling:
-        device = self._device
-        weights = NO_WEIGHTS if weights is None else weights
-        return Pooling(
-            device.upload(keys, device.empty(len(keys), np.int32)),
-            device.upload(offsets, device.empty(len(offsets), np.int64)),
-            device.upload(weights, device.empty(len(weights), np.float32)),
-        )
+        ends = offsets[np.arange(tables)[:, None] * rows + starts]
+        most = np.diff(ends, axis=1).max(axis=1, initial=0)
+        return int((-(-most // np.array(self._room.features))).max(initial=1))
 
     def input_dist(self, buffers: BagBuffers, rows: int, global_rows: int) -> None:
-        """See ``ExchangedEmbedding``; after ``take_bags``."""
+        """See ``ExchangedEmbedding``; the bags lie in ``buffers``."""
         buffers.num_rows, buffers.global_rows = rows, global_rows
+        bags, layout, inner = buffers.everyones, self._layout, buffers.inner
+        spread = inner.keys[: buffers.places * layout.features * layout.ranks]
+        call(self._device, spread_keys, bags, global_rows, layout, spread)
+        call(self._device, list_bags, bags, global_rows, layout, buffers.places, buffers.pooled, buffers.shares)
         self._exchange.input_dist(buffers.inner, buffers.places, buffers.places * self.comm.size)
 
     def lookup(self, buffers: BagBuffers) -> None:
@@ -263,12 +286,11 @@ class ExchangedBags:
     def output_dist(self, buffers: BagBuffers) -> None:
         """Bring the rows to the ranks that ask for them, and pool them there."""
         self._exchange.output_dist(buffers.inner)
-        bags = buffers.bags
-        assert bags is not None
-        if buffers.num_rows:
+        if rows := buffers.num_rows:
+            bags, vectors = buffers.pooled, self._layout.vectors
             gather_pool(
-                buffers.inner.vectors.reshape(-1, self._dim), self._zeros[: len(self._places)], bags.keys,
-                bags.offsets, bags.weights, self._mean_of_vector, self._place_of_vector, buffers.num_rows,
+                buffers.inner.vectors.reshape(-1, self._dim), self._zeros[:vectors], bags.keys,
+                bags.offsets[: vectors * rows + 1], bags.weights, self._mean_of_vector, self._place_of_vector, rows,
                 buffers.vectors, device=self._device,
             )  # fmt: skip
 
@@ -283,7 +305,7 @@ class ExchangedBags:
         assert shares is not None
         assert buffers.grad_vectors is not None
         assert inner.grad_vectors is not None
-        count = buffers.places * len(self._features)
+        count = buffers.places * self._layout.features
         gather_pool(
             buffers.grad_vectors.reshape(-1, self._dim), self._zeros[:1], shares.keys, shares.offsets, shares.weights,
             self._sum, self._zeros[:1], count, inner.grad_vectors.reshape(-1, 1, self._dim), device=self._device,

@@ -72,9 +72,9 @@ def gather_pool(
     Args:
         weight: [R, D] float32 or float64, the tables one after the other.
         row_start: [T] int64, first row of each table.
-        keys: [K] int32 or int64, table-major.
+        keys: [K or more] int32 or int64, table-major.
         offsets: [T * B + 1] int64; empty for one key a bag.
-        key_weights: [K] float32; empty for none.
+        key_weights: [K or more] float32; empty for none.
         mean: [T] bool: mean pooling, otherwise sum.
         place: [T] int64, where each table's vector goes.
         num_rows: B.
@@ -103,9 +103,9 @@ def gather_pool_reference(
         offsets = np.arange(num_tables * num_rows + 1)
     lengths = np.diff(offsets)
     bag_of_key = np.repeat(np.arange(num_tables * num_rows), lengths)
-    rows = weight[row_start[bag_of_key // max(1, num_rows)] + keys]
+    rows = weight[row_start[bag_of_key // max(1, num_rows)] + keys[: len(bag_of_key)]]
     if len(key_weights):
-        rows = rows * key_weights[:, None].astype(weight.dtype)
+        rows = rows * key_weights[: len(bag_of_key), None].astype(weight.dtype)
     pooled = np.zeros((num_tables * num_rows, weight.shape[1]), weight.dtype)
     np.add.at(pooled, bag_of_key, rows)
     pooled = pooled.reshape(num_tables, num_rows, -1)

@@ -17,11 +17,6 @@
 // `row` on; tile number `number` of that rank.
 struct Tile { int rank, table; uint32 number, begin, row; int count; };
 
-DEVICE uint32 start_of(uint32 global_rows, uint32 ranks, uint32 rank) {
-  const uint32 rest = global_rows % ranks;
-  return rank * (global_rows / ranks) + (rank < rest ? rank : rest);
-}
-
 DEVICE Tile tile_of(uint32 index, uint32 global_rows, int ranks, int num_tables, uint32 chunks) {
   const uint32 tiles = num_tables * chunks;
   Tile tile;

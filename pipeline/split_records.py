@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from dlrm.device import Array, Device
-from embedding.placement import TableSpec
 from pipeline.formats.record_files import RecordLayout
 
 _SHARED_BYTES = 32 * 1024
@@ -37,8 +36,8 @@ class KeyColumns:
     vector: Array
 
     @classmethod
-    def of(cls, layout: RecordLayout, specs: Sequence[TableSpec], device: Device) -> KeyColumns:
-        """Those of a layout's tables."""
+    def of(cls, layout: RecordLayout, vectors: Sequence[int], device: Device) -> KeyColumns:
+        """Those of a layout's tables, which have so many vectors of a row."""
 
         def words(numbers: Sequence[int]) -> Any:
             return device.upload(np.array(numbers, np.int32), device.empty(len(numbers), np.int32))
@@ -46,7 +45,7 @@ class KeyColumns:
         def starts(counts: Sequence[int]) -> Any:
             return words(np.cumsum([0, *counts]).tolist())
 
-        return cls(words(layout.table_rows), starts(layout.hotness), starts([spec.num_vectors for spec in specs]))
+        return cls(words(layout.table_rows), starts(layout.hotness), starts(vectors))
 
 
 @dataclass(frozen=True, slots=True)

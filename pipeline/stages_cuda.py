@@ -26,6 +26,7 @@ from dlrm.optim import constants as dense_constants
 from dlrm.scalars import NOT_FINITE, SIZE, SKIPPED_STEPS, write_guard, write_scalars
 from embedding.batch import check_bag_keys
 from embedding.buffers import NO_OFFSETS, NO_WEIGHTS
+from embedding.captured import CapturedEmbedding
 from embedding.captured_bags import ExchangedBags
 from embedding.captured_exchange import ExchangedEmbedding
 from embedding.comm import Comm
@@ -148,8 +149,15 @@ class CudaStages(Stages):
         self.dynamic, self._growth = dynamic, growth_interval
         xp = device.xp
         self.guard = xp.asarray(write_guard(np.empty(SIZE, np.float32), loss_scale))
-        self._columns = None if layout is None else KeyColumns.of(layout, embedding.specs, device)
-        self._vectors = tuple(spec.num_vectors for spec in embedding.specs)
+        self._columns, self._bags = None, {}
+        if layout is not None:
+            # Exchanged bags are pooled or taken apart where they have come to.
+            turned = isinstance(embedding, CapturedEmbedding)
+            vectors = [spec.num_vectors if turned else 1 for spec in embedding.specs]
+            self._columns = KeyColumns.of(layout, vectors, device)
+            self._bags = {"weighted": layout.weighted}
+            if turned:
+                self._bags["bags"] = layout.missing or layout.weighted or list(layout.hotness) != vectors
         self._no_bags = xp.asarray(NO_OFFSETS), xp.asarray(NO_WEIGHTS)
 
     def flight(self, batch_rows: int, *, training: bool) -> Flight:
@@ -169,10 +177,8 @@ class CudaStages(Stages):
             staging.numbers = device.empty((batch_rows, 2), np.uint32)
             staging.room = device.empty(counting_room(self._layout, batch_rows), np.uint32)
             if not self._layout.plain:
-                self._tables_of_rank.make_bags(
-                    flight.embedding, batch_rows * sum(self._layout.hotness), weighted=self._layout.weighted,
-                    bags=self._layout.missing or self._layout.weighted or self._layout.hotness != self._vectors,
-                )  # fmt: skip
+                keys = len(flight.labels) * self.comm.size * sum(self._layout.hotness)
+                self._tables_of_rank.make_bags(flight.embedding, keys, **self._bags)
         flight.staging = staging
         return flight
 
@@ -282,11 +288,10 @@ class CudaStages(Stages):
         keys = host.keys
         if isinstance(self._exchanged, ExchangedBags):
             assert batch.global_keys is not None
-            flight.capturable = False
             self._exchanged.take_bags(keys, batch.global_keys, flight.embedding)
         else:
             self._tables_of_rank.take_bags(keys.keys, keys.offsets, keys.weights, flight.embedding)
-            flight.form = flight.embedding.form
+        flight.form = flight.embedding.form
 
     def input_dist(self, flight: Flight) -> None:
         """Bring the batch's keys where they are needed, and into order."""

@@ -17,6 +17,7 @@ import pytest
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "ranks")]
 
 CUDA_MODULES = (
+    "embedding.bag_lists_cuda",
     "dlrm.interaction_cuda",
     "dlrm.logit_cuda",
     "dlrm.loss_cuda",

@@ -48,6 +48,10 @@ class EmulatedDevice(HostDevice):
         assert may_allocate(), "what is captured allocates nothing"
         return super().zeros(shape, dtype)
 
+    def pinned_empty(self, shape: Any, dtype: Any) -> Any:
+        """What stands for NCCL here may ask for it at any time."""
+        return HostDevice.empty(self, shape, dtype)
+
     def streams(self, names: Sequence[str]) -> Any:
         """Those of the host, looked at."""
         return replays(super().streams(names), self.recordings)

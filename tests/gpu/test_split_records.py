@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from dlrm.device import HostDevice
-from embedding.placement import TableSpec
 from pipeline import split_records_cuda
 from pipeline.formats.record_files import RecordLayout
 from pipeline.split_records import KeyColumns, SplitKeys, counting_room, split_records
@@ -68,13 +67,11 @@ class Split:
 
     def __init__(self, machine: Any, form: Form, count: int, own: slice) -> None:
         self.form, self.layout, self.own = form, form.layout(), own
-        pooling = ["concat" if form.concat and table == CONCAT else "sum" for table in range(len(HOTNESS))]
-        specs = [
-            TableSpec(name=str(table), rows=rows, dim=4, hotness=hotness, pooling=pooling[table])  # type: ignore[arg-type]
-            for table, (rows, hotness) in enumerate(zip(TABLE_ROWS, self.layout.hotness, strict=True))
+        vectors = [
+            hotness if form.concat and table == CONCAT else 1 for table, hotness in enumerate(self.layout.hotness)
         ]
-        places, keys = count * sum(spec.num_vectors for spec in specs), count * sum(self.layout.hotness)
-        host = KeyColumns.of(self.layout, specs, HostDevice())
+        places, keys = count * sum(vectors), count * sum(self.layout.hotness)
+        host = KeyColumns.of(self.layout, vectors, HostDevice())
         self.columns = KeyColumns(*(machine.array(getattr(host, name)) for name in ("table_rows", "column", "vector")))
         self.labels = machine.array(np.full(count, np.nan, np.float32))
         self.dense = machine.array(np.full((count, COLUMNS), np.nan, np.float32))

@@ -96,11 +96,23 @@ def test_a_bag_that_is_not_full_is_no_row_of_features(on_gpu: Any, seed: int, tm
             )  # fmt: skip
 
 
-ON_RANKS: dict[str, tuple[int, dict[str, Any]]] = {
-    "sgd, weighted": (2, {}),
-    "adam, frequent rows counted": (3, {"optimizer": OPTIMIZERS["adam"], "deterministic": True}),
-    "by node, lists that run over": (4, {"nodes": 2, "all_to_all": "hierarchical"}),
-}
+def test_replayed_steps_are_the_issued_ones(on_gpu: Any, tmp_path: Path) -> None:
+    """To the last bit, whatever number of keys a batch has."""
+    if on_gpu.emulated:
+        pytest.skip("nothing is captured without a GPU; the other tests look at what would be")
+    data = write_bags(tmp_path / "data", SEED, layout="jagged")
+    for name, graphs in (("replayed", True), ("issued", False)):
+        run_on("cuda", tmp_path / name, on_gpu, data, embedding=EMBEDDING, deterministic=True, cuda={"graphs": graphs})
+    assert losses(tmp_path / "replayed").tolist() == losses(tmp_path / "issued").tolist()
+
+
+ON_RANKS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "sgd, full bags": (2, {"weighted": True, "bags": False}, {}),
+    "adam, frequent rows counted, short bags at first": (
+        3, {"ordered": False, "layout": "jagged", "short": 0.4}, {"optimizer": OPTIMIZERS["adam"]}
+    ),
+    "by node, lists that run over": (4, {}, {"nodes": 2, "all_to_all": "hierarchical"}),
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # what was not fetched is any number
@@ -108,22 +120,31 @@ ON_RANKS: dict[str, tuple[int, dict[str, Any]]] = {
 def test_ranks_train_on_bags_as_one_cpu(
     on_gpu: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Replayed: what stands for NCCL here does nothing that a graph would not."""
     if not on_gpu.emulated:
         pytest.skip("ranks that are threads exchange arrays of the host; test_several_gpus.py has ranks with GPUs")
-    ranks, options = ON_RANKS[name]
+    monkeypatch.setattr(engine_cuda.Carrier, "captures", True)
+    ranks, form, changes = ON_RANKS[name]
     if "run over" in name:
         measure = engine_cuda.measure_lists
         monkeypatch.setattr(engine_cuda, "measure_lists", lambda *rest: replace(measure(*rest), sigmas=-10.0))
-    changes = {"optimizer": options["optimizer"]} if "optimizer" in options else {}
-    exchange = {field: value for field, value in options.items() if field in ("nodes", "all_to_all")}
-    data = write_bags(tmp_path / "data", SEED, weighted="weighted" in name, ordered="counted" not in name)
-    steps: dict[str, int] = {"batch": 64, "steps": 7}  # the last one has 16 rows
-    one = run_on("cpu", tmp_path / "cpu", on_gpu, data, **steps, embedding=EMBEDDING | changes)
+    data = write_bags(tmp_path / "data", SEED, **form)
+    steps: dict[str, Any] = {"batch": 32, "steps": 13, "order": {"shuffle": "short" not in form}}  # at last 16 rows
+    if "by node" in name:
+        steps |= {"batch": 64, "steps": 7}
+    embedding = {field: value for field, value in changes.items() if field == "optimizer"}
+    one = run_on("cpu", tmp_path / "cpu", on_gpu, data, **steps, embedding=EMBEDDING | embedding)
     several = run_on(
-        "cuda", tmp_path / "gpus", on_gpu, data, ranks, **steps, embedding=PLACED_BAGS | changes | exchange,
-        deterministic=options.get("deterministic", False),
+        "cuda", tmp_path / "gpus", on_gpu, data, ranks, **steps, embedding=PLACED_BAGS | changes,
+        deterministic="adam" in name,
     )  # fmt: skip
     np.testing.assert_allclose(losses(tmp_path / "gpus"), losses(tmp_path / "cpu"), rtol=1e-4)
     for metric in ("auc", "log_loss"):
         assert several.report[metric] == pytest.approx(one.report[metric], rel=1e-3), metric
     assert (records(tmp_path / "gpus", "step")[-1]["overflows"] > 0) == ("run over" in name)
+    for device in on_gpu.devices:
+        if "full" in name:
+            assert device.recordings["made"] == 3
+            assert device.recordings["replayed"] > 3
+        if "short" in name:  # where bags grow, arrays are made anew, and graphs
+            assert device.recordings["made"] > 3

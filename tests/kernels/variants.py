@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
             (8, "half_t", "float", 2, 0, 0),
         )
     ),
+    "embedding/bag_lists.cu": ((("KEY", "int"),), (("KEY", "int64"),)),
     "embedding/frequent_rows.cu": ((("KEY", "int"), ("PLACE", "int")), (("KEY", "int64"), ("PLACE", "int64"))),
     "embedding/pair_lists.cu": ((("KEY", "int"),), (("KEY", "int64"),)),
     "embedding/row_moves.cu": tuple(
