@@ -25,19 +25,15 @@ from dlrm.optim import DenseOptimizer
 from dlrm.optim import constants as dense_constants
 from dlrm.scalars import NOT_FINITE, SIZE, SKIPPED_STEPS, write_guard, write_scalars
 from embedding.batch import check_bag_keys
-from embedding.buffers import NO_OFFSETS, NO_WEIGHTS
-from embedding.captured import CapturedEmbedding
 from embedding.captured_bags import ExchangedBags
 from embedding.captured_exchange import ExchangedEmbedding
 from embedding.comm import Comm
 from embedding.jagged import Jagged
 from embedding.sparse_optim import constants as sparse_constants
-from pipeline.device_feed import DeviceBatch
 from pipeline.flight import Flight
 from pipeline.formats.record_files import RecordLayout
-from pipeline.loader import LoadedBatch
+from pipeline.intake_cuda import Intake, Records
 from pipeline.record_loader import BagCheck, RecordBatch
-from pipeline.split_records import KeyColumns, SplitKeys, counting_room, split_records
 from pipeline.stages import S, Stages
 
 
@@ -50,10 +46,7 @@ class Staging:
         outcome: [2] float64: the loss, and as integers 1 + the place of a faulty record and whether the exchange ran
             over.
         partials: room for the sum of the loss.
-        records: [G, V] uint32, where records are brought or made; ``None``: decoded batches come.
-        numbers: [G, 2] uint32, numbers of rows.
-        room: see ``counting_room``.
-        host: the batch, whom a fault is asked of.
+        records: of the batch; ``None``: decoded batches come.
         fused: look-up and interaction run as one kernel: in training that of ``top_forward``, in a forward pass that of
             ``lookup``, behind the bottom MLP.
         beside: rows that lie here are looked up beside the exchange of the others.
@@ -62,10 +55,7 @@ class Staging:
     scalars: Array
     outcome: Array
     partials: Array
-    records: Array | None = None
-    numbers: Array | None = None
-    room: Array | None = None
-    host: RecordBatch | None = None
+    records: Records | None = None
     fused: bool = False
     beside: bool = False
 
@@ -145,20 +135,11 @@ class CudaStages(Stages):
         self._of_keys = embedding if isinstance(embedding, ExchangedEmbedding) else None  # not of bags
         self._overflows = 0
         self._dense, self._tables, self._seed = dense, tables, seed
-        self._layout, self.fused, self._fused_train = layout, fused_eval, fused_train
+        self.fused, self._fused_train = fused_eval, fused_train
         self.dynamic, self._growth = dynamic, growth_interval
         xp = device.xp
         self.guard = xp.asarray(write_guard(np.empty(SIZE, np.float32), loss_scale))
-        self._columns, self._bags = None, {}
-        if layout is not None:
-            # Exchanged bags are pooled or taken apart where they have come to.
-            turned = isinstance(embedding, CapturedEmbedding)
-            vectors = [spec.num_vectors if turned else 1 for spec in embedding.specs]
-            self._columns = KeyColumns.of(layout, vectors, device)
-            self._bags = {"weighted": layout.weighted}
-            if turned:
-                self._bags["bags"] = layout.missing or layout.weighted or list(layout.hotness) != vectors
-        self._no_bags = xp.asarray(NO_OFFSETS), xp.asarray(NO_WEIGHTS)
+        self._intake = Intake(layout, embedding, device, comm.size)
 
     def flight(self, batch_rows: int, *, training: bool) -> Flight:
         """See ``Stages.flight``."""
@@ -172,13 +153,7 @@ class CudaStages(Stages):
             fused=self._fused_train if training else self.fused,
             beside=training and self._of_keys is not None and not self._fused_train,
         )
-        if self._layout is not None:
-            staging.records = device.empty((batch_rows, self._layout.words), np.uint32)
-            staging.numbers = device.empty((batch_rows, 2), np.uint32)
-            staging.room = device.empty(counting_room(self._layout, batch_rows), np.uint32)
-            if not self._layout.plain:
-                keys = len(flight.labels) * self.comm.size * sum(self._layout.hotness)
-                self._tables_of_rank.make_bags(flight.embedding, keys, **self._bags)
+        staging.records = self._intake.records(flight, batch_rows)
         flight.staging = staging
         return flight
 
@@ -228,7 +203,9 @@ class CudaStages(Stages):
 
     def outcome(self, flight: Flight) -> CudaOutcome:
         """See ``Stages.outcome``."""
-        return CudaOutcome(self.device.read_later(flight.staging.outcome), flight.staging.host, self._check)
+        records = flight.staging.records
+        host = None if records is None else records.host
+        return CudaOutcome(self.device.read_later(flight.staging.outcome), host, self._check)
 
     def _check(self, keys: Jagged, row: int) -> None:
         here = f"rank {self.comm.rank}: " if self.comm.size > 1 else ""
@@ -252,46 +229,8 @@ class CudaStages(Stages):
             dense=dense_constants(self._dense, flight.step),
         )
         self.device.upload(block, staging.scalars)
-        if isinstance(batch, DeviceBatch):
-            self._take_apart(flight, batch)
-        else:
-            assert isinstance(batch, LoadedBatch)
-            self._take_decoded(flight, batch)
-
-    def _take_apart(self, flight: Flight, batch: DeviceBatch) -> None:
-        device, staging, host = self.device, flight.staging, batch.host
-        layout, columns = self._layout, self._columns
-        assert layout is not None
-        assert columns is not None
-        staging.host = host
-        rows, index = len(host.records), None
-        records = staging.records
-        if batch.origin is None:
-            device.upload(host.records, records[:rows])
-        else:
-            numbers = device.upload(host.records, staging.numbers[:rows]).view(np.int64).reshape(-1)
-            records, index = batch.origin.records(numbers, staging.records[:rows])
-        host.hold(device.record())
-        buffers, bags = flight.embedding, self._no_bags
-        if not layout.plain:
-            buffers.open(rows)
-            bags = buffers.offsets, buffers.weights
-        split_records(
-            records, index, rows, host.own, layout, columns, flight.labels, flight.dense,
-            SplitKeys(buffers.keys, *bags, staging.room), staging.outcome[1:].view(np.int32), device=device,
-        )  # fmt: skip
-
-    def _take_decoded(self, flight: Flight, batch: LoadedBatch) -> None:
-        device, rows, host = self.device, flight.rows, batch.host
-        device.upload(host.labels.astype(np.float32), flight.labels[:rows])
-        device.assign(host.dense, flight.dense[:rows, : host.dense.shape[1]])
-        keys = host.keys
-        if isinstance(self._exchanged, ExchangedBags):
-            assert batch.global_keys is not None
-            self._exchanged.take_bags(keys, batch.global_keys, flight.embedding)
-        else:
-            self._tables_of_rank.take_bags(keys.keys, keys.offsets, keys.weights, flight.embedding)
-        flight.form = flight.embedding.form
+        assert batch is not None
+        self._intake.take(batch, flight)
 
     def input_dist(self, flight: Flight) -> None:
         """Bring the batch's keys where they are needed, and into order."""
