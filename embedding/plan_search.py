@@ -147,7 +147,9 @@ class Search:
 
     def smallest(self) -> Plan:
         """The plan that holds least, fit or not."""
-        return self._owned(tuple(min(own, key=lambda o: o.held) for own in self.options), by_size=True)
+        # Of what holds as much on average, rows lie evenly, and a whole table on one rank.
+        least = [min(own, key=lambda o: (o.held, o.placement.kind == "table_wise")) for own in self.options]
+        return self._owned(tuple(least), by_size=True)
 
     def assigned(self, options: tuple[Option, ...], modes: Sequence[AllToAll]) -> Candidate | None:
         """Decide owners and costs; ``None`` where a rank cannot hold its part."""

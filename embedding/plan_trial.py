@@ -18,7 +18,7 @@ import numpy as np
 
 from dlrm.config import OptimizerConfig
 from dlrm.device import Array, Device
-from dlrm.errors import ConfigError
+from dlrm.errors import ConfigError, DataError
 from embedding.all_to_all import Flat, Hierarchical
 from embedding.comm import Comm, broadcast_bytes
 from embedding.hybrid import HybridEmbedding
@@ -40,6 +40,7 @@ def plans_on_first_rank(comm: Comm, make: Callable[[], Sequence[Plan]]) -> list[
 
     Raises:
         ConfigError: rank 0 could not make any; every rank raises what it said.
+        DataError: a row that rank 0 counted is wrong; on rank 0 alone, which it names.
     """
     message = b""
     if comm.rank == 0:
@@ -47,6 +48,8 @@ def plans_on_first_rank(comm: Comm, make: Callable[[], Sequence[Plan]]) -> list[
             message = json.dumps({"plans": [plan.to_values() for plan in make()]}).encode()
         except ConfigError as error:
             message = json.dumps({"error": str(error)}).encode()
+        except DataError as error:
+            raise type(error)(f"rank 0: {error}") from error
     values = json.loads(broadcast_bytes(comm, message))
     if "error" in values:
         raise ConfigError(values["error"])

@@ -62,6 +62,8 @@ def put(shards, tables):
 def some_tables(rng, optimizer, dtype=np.float32):
     states = {
         "sgd": {},
+        "momentum": {"velocity": DIM},
+        "adagrad": {"accumulator": DIM},
         "adam": {"m": DIM, "v": DIM},
         "rowwise_adagrad": {"accumulator": 0},
         "ftrl": {"n": DIM, "z": DIM},
@@ -89,7 +91,7 @@ def save(directory, kind, optimizer, ranks, tables, threshold=3):
 KINDS = ["replicated", "table_wise", "row_wise", "column_wise", "hybrid"]
 
 
-OPTIMIZERS = ["sgd", "adam", "rowwise_adagrad", "ftrl"]
+OPTIMIZERS = ["sgd", "momentum", "adagrad", "rowwise_adagrad", "adam", "ftrl"]
 # No owner of columns sees a whole row.
 CASES = [(kind, optimizer) for kind in KINDS for optimizer in OPTIMIZERS]
 CASES.remove(("column_wise", "rowwise_adagrad"))

@@ -83,11 +83,11 @@ def test_damaged_data_is_refused_with_its_place(tiny_dataset, run_values, config
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("row", "rank"), [(3, 0), (21, 1)])
-def test_a_key_out_of_range_on_one_rank_ends_all_and_names_it(tiny_dataset, run_values, config, row, rank):
+@pytest.mark.parametrize(("row", "rank", "counted"), [(3, 0, False), (21, 1, False), (21, 0, True)])
+def test_a_key_out_of_range_on_one_rank_ends_all_and_names_it(tiny_dataset, run_values, config, row, rank, counted):
     data = tiny_dataset()
-    # All is forced, so that nobody counts rows before the ranks read their own: 0 to 15 and 16 to 31.
-    embedding = {"placement": "row_wise", "deduplicate": True, "all_to_all": "flat"}
+    # Where all is forced, nobody counts rows before the ranks read their own: 0 to 15 and 16 to 31. Else rank 0 does.
+    embedding = {} if counted else {"placement": "row_wise", "deduplicate": True, "all_to_all": "flat"}
     path = config(run_values(data, data={"shuffle": False}, embedding=embedding))
     rows_of(data)[row, 6] = 300
     refused(3, [f"rank {rank}: ", f"row {row}", "item", "key 300"], "train", path, "--ranks", "2")
