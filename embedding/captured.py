@@ -192,7 +192,9 @@ class CapturedEmbedding:
         check_bag_keys(Jagged(keys, offsets, weights, len(self.specs), rows), self.specs)
         # Once a batch has had bags, all have: a form that changes to and fro would be captured again and again.
         bags = weights is not None or not buffers.one_hot
-        of_vectors = None if offsets is None else offsets_of_vectors(self.specs, offsets, rows)
+        of_vectors = offsets
+        if offsets is not None and several:
+            of_vectors = offsets_of_vectors(self.specs, offsets, rows)
         if of_vectors is not None:
             bags = bags or not several or not bool((np.diff(of_vectors) == 1).all())
         weighted, dtype = weights is not None, keys.dtype

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from dlrm.device import Array, Device
+from dlrm.device import Array, Device, Event
 from embedding.buffers import NO_OFFSETS, NO_WEIGHTS
 from embedding.captured import CapturedEmbedding
 from embedding.captured_bags import ExchangedBags
+from embedding.jagged import Jagged
 from pipeline.device_feed import DeviceBatch
 from pipeline.flight import Flight
 from pipeline.formats.record_files import RecordLayout
@@ -39,6 +40,45 @@ class Records:
     host: RecordBatch | None = None
 
 
+class Decoded:
+    """What a Flight has of columns that the host has decoded: copies in page-locked memory.
+
+    From anywhere else a copy to the device would hold the host until the steps before it are done.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._pools: dict[str, Array] = {}
+        self._sent: Event | None = None
+        self.host: RecordBatch | None = None
+
+    def wait(self) -> None:
+        """Wait until the last batch's copies have been read, before they are overwritten."""
+        if self._sent is not None:
+            self._sent.synchronize()
+
+    def pin(self, name: str, array: Array) -> Array:
+        """A copy of an array of the host."""
+        pool = self._pools.get(name)
+        if pool is None or pool.dtype != array.dtype or pool.size < array.size:
+            pool = self._pools[name] = self._device.pinned_empty((array.size + array.size // 4 + 1,), array.dtype)
+        copy = pool[: array.size].reshape(array.shape)
+        np.copyto(copy, array)
+        return copy
+
+    def pin_bags(self, keys: Jagged) -> Jagged:
+        """A copy of a batch's keys."""
+        offsets, weights = (
+            None if array is None else self.pin(name, array)
+            for name, array in (("offsets", keys.offsets), ("weights", keys.weights))
+        )
+        return Jagged(self.pin("keys", keys.keys), offsets, weights, keys.num_tables, keys.num_rows)
+
+    def sent(self) -> None:
+        """Note that all that reads the copies has been issued."""
+        self._sent = self._device.record()
+
+
 class Intake:
     """Writes batches into Flights.
 
@@ -62,11 +102,11 @@ class Intake:
         if turned:
             self._bags["bags"] = layout.missing or layout.weighted or list(layout.hotness) != vectors
 
-    def records(self, flight: Flight, batch_rows: int) -> Records | None:
-        """Room for the records of a Flight, and for their keys; ``None``: decoded batches come."""
+    def room(self, flight: Flight, batch_rows: int) -> Records | Decoded:
+        """What a Flight has for batches to come by; of records, room for their keys is made."""
         layout, device = self._layout, self._device
         if layout is None:
-            return None
+            return Decoded(device)
         if not layout.plain:
             keys = len(flight.labels) * self._ranks * sum(layout.hotness)
             self._embedding.make_bags(flight.embedding, keys, **self._bags)
@@ -84,7 +124,7 @@ class Intake:
             self._take_decoded(flight, batch)
 
     def _take_apart(self, flight: Flight, batch: DeviceBatch) -> None:
-        device, own, host, layout = self._device, flight.staging.records, batch.host, self._layout
+        device, own, host, layout = self._device, flight.staging.brought, batch.host, self._layout
         assert layout is not None
         own.host = host
         rows, index, records = len(host.records), None, own.brought
@@ -105,12 +145,16 @@ class Intake:
 
     def _take_decoded(self, flight: Flight, batch: LoadedBatch) -> None:
         device, rows, host, embedding = self._device, flight.rows, batch.host, self._embedding
-        device.upload(host.labels.astype(np.float32), flight.labels[:rows])
-        device.assign(host.dense, flight.dense[:rows, : host.dense.shape[1]])
-        keys = host.keys
+        own: Decoded = flight.staging.brought
+        own.wait()
+        device.upload(own.pin("labels", host.labels.astype(np.float32)), flight.labels[:rows])
+        dense = device.upload(own.pin("dense", host.dense), device.empty(host.dense.shape, host.dense.dtype))
+        device.convert(dense, flight.dense[:rows, : host.dense.shape[1]])
         if isinstance(embedding, ExchangedBags):
             assert batch.global_keys is not None
-            embedding.take_bags(keys, batch.global_keys, flight.embedding)
+            embedding.take_bags(host.keys, own.pin_bags(batch.global_keys), flight.embedding)
         else:
+            keys = own.pin_bags(host.keys)
             embedding.take_bags(keys.keys, keys.offsets, keys.weights, flight.embedding)
+        own.sent()
         flight.form = flight.embedding.form

@@ -32,7 +32,7 @@ from embedding.jagged import Jagged
 from embedding.sparse_optim import constants as sparse_constants
 from pipeline.flight import Flight
 from pipeline.formats.record_files import RecordLayout
-from pipeline.intake_cuda import Intake, Records
+from pipeline.intake_cuda import Decoded, Intake, Records
 from pipeline.record_loader import BagCheck, RecordBatch
 from pipeline.stages import S, Stages
 
@@ -46,7 +46,7 @@ class Staging:
         outcome: [2] float64: the loss, and as integers 1 + the place of a faulty record and whether the exchange ran
             over.
         partials: room for the sum of the loss.
-        records: of the batch; ``None``: decoded batches come.
+        brought: how batches come.
         fused: look-up and interaction run as one kernel: in training that of ``top_forward``, in a forward pass that of
             ``lookup``, behind the bottom MLP.
         beside: rows that lie here are looked up beside the exchange of the others.
@@ -55,7 +55,7 @@ class Staging:
     scalars: Array
     outcome: Array
     partials: Array
-    records: Records | None = None
+    brought: Records | Decoded
     fused: bool = False
     beside: bool = False
 
@@ -150,10 +150,10 @@ class CudaStages(Stages):
             scalars=device.zeros(SIZE, np.float32),
             outcome=device.zeros(2, np.float64),
             partials=device.empty(partials_of(capacity), np.float64),
+            brought=self._intake.room(flight, batch_rows),
             fused=self._fused_train if training else self.fused,
             beside=training and self._of_keys is not None and not self._fused_train,
         )
-        staging.records = self._intake.records(flight, batch_rows)
         flight.staging = staging
         return flight
 
@@ -203,9 +203,8 @@ class CudaStages(Stages):
 
     def outcome(self, flight: Flight) -> CudaOutcome:
         """See ``Stages.outcome``."""
-        records = flight.staging.records
-        host = None if records is None else records.host
-        return CudaOutcome(self.device.read_later(flight.staging.outcome), host, self._check)
+        staging = flight.staging
+        return CudaOutcome(self.device.read_later(staging.outcome), staging.brought.host, self._check)
 
     def _check(self, keys: Jagged, row: int) -> None:
         here = f"rank {self.comm.rank}: " if self.comm.size > 1 else ""

@@ -114,6 +114,10 @@ VARIANTS: dict[str, tuple[Defines, ...]] = {
             ("NUMBER", "float"), ("INDEXED", 0), ("WIDE", 1), ("LOG", 1), ("LABEL_ONE", 1065353216), ("ROWS", 3),
             ("BAGS", 2), ("WEIGHTED", 1),
         ),
+        (
+            ("NUMBER", "half_t"), ("INDEXED", 0), ("WIDE", 0), ("LOG", 0), ("LABEL_ONE", 1), ("ROWS", 35), ("BAGS", 1),
+            ("WEIGHTED", 0),
+        ),
     ),
 }  # fmt: skip
 """By source; a source that is not listed stands for itself, without macros."""
