@@ -71,8 +71,12 @@ def prepare(
         Path | None, typer.Option(metavar="FILE", help="Or: first half is 'test', second half 'validation'.")
     ] = None,
     frequency_threshold: Annotated[
-        int, typer.Option(help="Categories seen less often in the training rows share number 0.")
+        int, typer.Option(help="Categories seen less often in the counted rows share number 0.")
     ] = 2,
+    count: Annotated[
+        Literal["train", "all"],
+        typer.Option(help="Rows whose categories are counted: of 'train', or of all splits (as in MLPerf's counts)."),
+    ] = "train",
     cap_modulo: Annotated[
         int | None, typer.Option(help="Take categories modulo this first (MLPerf: 40000000).")
     ] = None,
@@ -99,6 +103,7 @@ def prepare(
         raise ConfigError(f"--dask-scheduler {dask_scheduler}: goes with --engine nvtabular; mpirun spreads the other")
     rules = {
         "frequency_threshold": frequency_threshold,
+        "count": count,
         "cap_modulo": cap_modulo,
         "cap_rows": cap_rows,
         "dense_transform": dense_transform,

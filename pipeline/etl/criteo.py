@@ -3,7 +3,8 @@
 Two passes in bounded memory, on any number of threads and ranks, with the same bytes as the result: the first checks
 and counts the training rows (``criteo_count``), ``numbering`` turns the counts into numbers, the second writes Raw
 shards (``criteo_encode``). What is done is marked in a working folder (``job``), so that the same command goes on
-after a kill. ``rules`` says what becomes of values; validation and test rows influence no number.
+after a kill. ``rules`` says what becomes of values; validation and test rows influence no number unless they are
+to be counted too.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class CriteoInputs:
         validation: files of the split ``validation``.
         test: files of the split ``test``.
         last_day: the first half of its rows (rounded up) is ``test``, the rest ``validation``.
-        validation_fraction: instead, this last part of the training rows is ``validation``; not counted.
+        validation_fraction: instead, this last part of the training rows is ``validation``.
     """
 
     train: Sequence[Path]
@@ -87,7 +88,7 @@ class CriteoInputs:
             notes.append("last day: the first half of its rows is test, the rest validation")
         if self.validation_fraction:
             fraction = f"{self.validation_fraction:g}"
-            notes.append(f"validation: the last {fraction} of the training rows; the rest is counted")
+            notes.append(f"validation: the last {fraction} of the training rows")
         return notes
 
 
@@ -231,7 +232,8 @@ class _Preparation:
         return limits, cuts
 
     def _count(self, limits: Mapping[int, int]) -> Counted:
-        chunks = self._of("train")
+        everything = self._rules.count == "all"
+        chunks = self._chunks if everything else self._of("train")
         total = sum(chunk.bytes for chunk in chunks) // self._comm.size
         count = CountPass(
             self._job,
@@ -242,7 +244,7 @@ class _Preparation:
             budget_bytes=self._budget,
             advance=_meter(lambda done: self._progress("count", done, total)),
         )
-        return count.run(chunks, limits)
+        return count.run(chunks, {} if everything else limits)
 
     def _number(self, counted: Counted) -> None:
         """Number the categories and write the vocabulary and its statistics."""

@@ -1,4 +1,4 @@
-"""First pass over Criteo's rows: check every field of the training files and count the categories.
+"""First pass over Criteo's rows: check every field of the counted files and count the categories.
 
 Chunks are counted in batches. After a batch the tables go to disk and a mark names its chunks and runs, so that a kill
 costs one batch at most.
@@ -80,7 +80,7 @@ class CountPass:
         """Count (collective).
 
         Args:
-            chunks: of the training files.
+            chunks: of the files to count.
             limits: by number of the chunks that are not counted whole: so many rows at their front are.
 
         Raises:

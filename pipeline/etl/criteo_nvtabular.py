@@ -73,7 +73,7 @@ def prepare_with_nvtabular(
     """
     rules = rules or Rules()
     report = progress or (lambda *_: None)
-    check_inputs(inputs)
+    check_inputs(inputs, rules)
     description = {"inputs": inputs.described(), "rules": rules_to_values(rules), "name": name, "engine": "nvtabular"}
     job = Job(SingleComm(), out, description, overwrite=overwrite)
     try:
@@ -91,12 +91,17 @@ def prepare_with_nvtabular(
     return out
 
 
-def check_inputs(inputs: CriteoInputs) -> None:
+def check_inputs(inputs: CriteoInputs, rules: Rules) -> None:
     """Refuse what the workflow has no place for.
 
     Raises:
-        ConfigError: a fraction for validation, or a packed file.
+        ConfigError: a fraction for validation, counting of all splits, or a packed file.
     """
+    if rules.count != "train":
+        raise ConfigError(
+            f"--count {rules.count}: --engine nvtabular counts the training rows alone; leave it out, or use --engine "
+            "crosslane"
+        )
     if inputs.validation_fraction:
         raise ConfigError(
             f"--validation-fraction {inputs.validation_fraction:g}: --engine nvtabular counts whole files; give the "

@@ -17,6 +17,7 @@ from dlrm.errors import ConfigError, DataError
 
 DenseTransform = Literal["clip_log1p", "add2_log1p", "add3_log"]
 MissingCategory = Literal["own", "zero", "rare"]
+Counting = Literal["train", "all"]
 
 # Transform: (floor, what a missing integer counts as). All three are log(1 + max(x, floor) - floor).
 _CONVENTIONS: dict[str, tuple[int, int]] = {"clip_log1p": (0, 0), "add2_log1p": (-2, -2), "add3_log": (-2, 0)}
@@ -29,7 +30,10 @@ class Rules:
     """How values are encoded; the same for rows that come later."""
 
     frequency_threshold: Annotated[int, Field(ge=1)] = 2
-    """Categories seen less often in the training rows share number 0."""
+    """Categories seen less often in the counted rows share number 0."""
+    count: Counting = "train"
+    """Whose categories are counted and numbered: the training rows', or those of every split (facebookresearch/dlrm:
+    MLPerf's row counts are those of all 24 days)."""
     cap_modulo: Annotated[int, Field(ge=1, le=_NUM_VALUES)] | None = None
     """Values are taken modulo this before they are counted (MLPerf DLRM: 40,000,000)."""
     cap_rows: Annotated[int, Field(ge=1)] | None = None
@@ -62,10 +66,11 @@ class Rules:
         filled = math.log1p(max(self.dense_fill, self.dense_floor) - self.dense_floor)
         threshold = self.frequency_threshold
         rare = f"seen fewer than {threshold} times" if threshold > 1 else "never seen"
+        where = "in the training rows" if self.count == "train" else "in the rows of all splits"
         notes = [
             f"dense: {formulas[self.dense_transform]} as float32; {filled:.6g} where missing",
-            "categories: numbered from 1 by descending count over the training rows, equal counts by value",
-            f"category 0: {rare} in the training rows",
+            f"categories: numbered from 1 by descending count {where}, equal counts by value",
+            f"category 0: {rare} {where}",
         ]
         if self.cap_modulo is not None:
             notes.append(f"categories: value modulo {self.cap_modulo}, then counted")
@@ -95,7 +100,11 @@ def make_rules(**options: Any) -> Rules:
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0]).replace("_", " ")
         value = options.get(str(error.errors()[0]["loc"][0]))
-        choices = {"dense transform": get_args(DenseTransform), "missing category": get_args(MissingCategory)}
+        choices = {
+            "dense transform": get_args(DenseTransform),
+            "missing category": get_args(MissingCategory),
+            "count": get_args(Counting),
+        }
         wanted = " or ".join(choices[name]) if name in choices else error.errors()[0]["msg"].lower()
         raise ConfigError(f"{name}: {value}, but {wanted.replace('input ', 'it ')}") from None
 

@@ -1,4 +1,4 @@
-"""How often each row is looked up in the training rows, as preparation counted it: ``encoding/statistics.json``.
+"""How often each row is looked up in the counted rows (``Rules.count``): ``encoding/statistics.json``.
 
 Rows are numbered by descending count, so that "so many rows of this count, so many of that" is all there is to know
 of a table of any size; row 0 (rare and unseen values) stands apart. ``share`` is for people: the part of all look-ups

@@ -1,7 +1,7 @@
 """The vocabulary on disk: ``encoding/`` beside the data set, all that is needed to encode further rows the same way.
 
 ``encoding.json`` holds the rules and lists the Parquet files of each table, in the order of their numbers: columns
-``number`` (int32), ``category`` (uint32, null for the missing one) and ``count`` (int64, in the training rows).
+``number`` (int32), ``category`` (uint32, null for the missing one) and ``count`` (int64, in the counted rows).
 """
 
 from __future__ import annotations

@@ -87,6 +87,24 @@ def test_the_last_day_is_halved(tmp_path: Path, rng: np.random.Generator) -> Non
         CriteoInputs(train=[train], last_day=day, test=[day])
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_rows_of_all_splits_are_counted_where_asked(tmp_path: Path, rng: np.random.Generator, fraction: float) -> None:
+    """As MLPerf's row counts are; a preparation of all files as training rows numbers them the same way."""
+    train, other = write_rows(tmp_path / "train", rng, 60), write_rows(tmp_path / "other", rng, 31)
+    more = {"validation_fraction": fraction, "test": [other]} if fraction else {"last_day": other}
+    rules = {"frequency_threshold": 6, "cap_modulo": 30_000, "missing_category": "zero"}
+    inputs = CriteoInputs(train=[train], **more)
+    out = prepare_criteo(inputs, tmp_path / "out", rules=make_rules(count="all", **rules))
+    whole = prepare_criteo(CriteoInputs(train=[train, other]), tmp_path / "whole", rules=make_rules(**rules))
+    parts = ("train", "validation", "test") if fraction else ("train", "test", "validation")
+    np.testing.assert_array_equal(np.concatenate([words(out, part) for part in parts]), words(whole, "train"))
+    assert load_dataset(out).tables == load_dataset(whole).tables
+    apart = prepare_criteo(inputs, tmp_path / "apart", rules=make_rules(**rules))
+    assert load_dataset(apart).tables != load_dataset(out).tables
+    notes = load_dataset(out).manifest.notes
+    assert "category 0: seen fewer than 6 times in the rows of all splits" in notes
+
+
 def test_further_rows_get_the_same_numbers(tmp_path: Path, rng: np.random.Generator) -> None:
     train, test = write_rows(tmp_path / "train", rng, 200), write_rows(tmp_path / "test", rng, 50)
     out = prepare_criteo(CriteoInputs(train=[train], test=[test]), tmp_path / "out", rules=make_rules(cap_rows=7))

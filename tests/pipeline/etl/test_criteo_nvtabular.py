@@ -168,9 +168,11 @@ def test_what_the_workflow_has_no_place_for_is_refused(tmp_path: Path, rng: np.r
     rows = write_rows(tmp_path / "rows.tsv", rng, 3)
     packed = write_rows(tmp_path / "rows.tsv.gz", rng, 3)
     with pytest.raises(ConfigError, match=r"--validation-fraction 0\.5: --engine nvtabular counts whole files"):
-        engine.check_inputs(CriteoInputs(train=[rows], validation_fraction=0.5))
+        engine.check_inputs(CriteoInputs(train=[rows], validation_fraction=0.5), make_rules())
     with pytest.raises(ConfigError, match=r"rows\.tsv\.gz: --engine nvtabular reads plain text"):
-        engine.check_inputs(CriteoInputs(train=[rows], test=[packed]))
+        engine.check_inputs(CriteoInputs(train=[rows], test=[packed]), make_rules())
+    with pytest.raises(ConfigError, match=r"--count all: --engine nvtabular counts the training rows alone"):
+        engine.check_inputs(CriteoInputs(train=[rows], test=[rows]), make_rules(count="all"))
 
 
 def refusal(arguments: list[str], environment: dict[str, str | None]) -> str:
