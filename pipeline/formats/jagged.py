@@ -58,13 +58,13 @@ class _TableFiles:
             self.weights = files["weights"].view(np.float32)
 
     def count(self, rows: Rows, counts: Rows) -> None:
-        b = jagged_numba.count_bags(self.bounds, rows, self.keys.size, counts)
+        b = jagged_numba.count_bags(self.bounds, rows, self.keys.size, self.table.hotness, counts)
         if b >= 0:
             row = int(rows[b])
             raise DataError(
                 f"{self.bounds_path}: row {row} (byte {8 * row}): offsets {int(self.bounds[row])} and "
-                f"{int(self.bounds[row + 1])} are not a bag inside {self.keys.size} keys; prepare the data set again"
-                + reversed_hint(int(self.bounds[row + 1]), 8, self.keys.size)
+                f"{int(self.bounds[row + 1])} are not a bag of at most {self.table.hotness} among {self.keys.size} "
+                "keys; prepare the data set again" + reversed_hint(int(self.bounds[row + 1]), 8, self.keys.size)
             )
 
     def release(self, start: int, stop: int) -> None:

@@ -13,21 +13,22 @@ from numba import njit
 
 
 @njit(nogil=True, cache=True)
-def count_bags(bounds: Any, rows: Any, num_keys: int, counts: Any) -> int:
+def count_bags(bounds: Any, rows: Any, num_keys: int, longest: int, counts: Any) -> int:
     """Lengths of the bags.
 
     Args:
         bounds: [R + 1] int64, the file of row offsets.
         rows: [B] int64.
         num_keys: K.
+        longest: the table's hotness.
         counts: [B] int64, written.
 
     Returns:
-        The first row of the batch whose offsets fall or leave the file of keys, or -1.
+        The first row of the batch whose offsets fall, leave the file of keys or lie too far apart, or -1.
     """
     for b in range(rows.size):
         start, stop = bounds[rows[b]], bounds[rows[b] + 1]
-        if start < 0 or stop < start or stop > num_keys:
+        if start < 0 or stop < start or stop > num_keys or stop - start > longest:
             return b
         counts[b] = stop - start
     return -1

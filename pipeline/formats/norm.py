@@ -77,7 +77,9 @@ class NormSource:
         for file in (file for files in self._files.values() for file in files):
             file.scan(longest, largest)
         if options.offset_keys and options.table_rows is None:
-            raise DataError("--offset-keys: the files do not say how many rows each table has; give them with --rows")
+            raise DataError(
+                "--source-offset-keys: the files do not say how many rows each table has; give them with --rows"
+            )
         return Schema(
             name=name or "norm",
             dense_names=tuple(f"I{n + 1}" for n in range(header.num_dense)),

@@ -106,17 +106,19 @@ class NormFile:
         """
         if outcome == OK:
             return
+        holds = "the sample" if self.header.framed else f"the file, of {self.file.data.size} bytes,"
+        wrong_count = "is no number of keys" if number < 0 else f"asks for more keys than {holds} holds"
         what = {
             TRUNCATED: f"truncated: the file ends at byte {self.file.data.size}, inside a sample of "
             f"{self.header.records} that the header tells of",
             BAD_LENGTH: f"length {number} of a sample does not fit what is in it",
             BAD_SUM: f"check-sum {number} is not the sum of the sample's bytes",
-            BAD_COUNT: f"nnz {number} of a slot is no number of keys",
+            BAD_COUNT: f"nnz {number} of a slot {wrong_count}",
             TOO_MANY_KEYS: f"nnz {number} of a slot is more than the hotness of its table",
             BAD_LABEL: f"label {np.int32(number).view(np.float32)} is neither 0 nor 1",
         }[outcome]
         remedy = {
-            BAD_COUNT: "is it big-endian, or are its keys of another width (--key-dtype)?",
+            BAD_COUNT: "is it truncated or big-endian, or are its keys of another width (--source-key-dtype)?",
             TOO_MANY_KEYS: f"correct {SIDECAR} beside it",
             BAD_LABEL: "correct the row",
         }.get(outcome, "copy the file again")

@@ -328,8 +328,8 @@ def test_damaged_jagged_files_are_named(tmp_path: Path) -> None:
     poke(keys, 2, 0, 9, 1)
     with pytest.raises(DataError, match=r"000\.keys\.bin: row 2 \(byte 8\): key 9 of table 'a'"):
         load_dataset(tmp_path).split("train").read(slice(None))
-    poke(offsets, 1, 0, 3, 2)
-    with pytest.raises(DataError, match=r"000\.offsets\.bin: row 1 \(byte 8\): offsets 3 and 2 are not a bag"):
+    poke(offsets, 2, 0, 0, 2)
+    with pytest.raises(DataError, match=r"000\.offsets\.bin: row 1 \(byte 8\): offsets 1 and 0 are not a bag"):
         load_dataset(tmp_path).split("train").read(slice(None))
     poke(offsets, 3, 0, 4, 2)
     with pytest.raises(DataError, match=r"12 bytes, but the last offset .* asks for 4 keys of 4 bytes"):

@@ -91,6 +91,12 @@ def test_jagged(converted: Any) -> None:
             struct.pack("<q", 1 << 40),
             rf"000\.offsets\.bin: row {row} \(byte {8 * row}\): offsets {key} and {1 << 40} are not a bag",
         ),
+        (
+            "000.offsets.bin",
+            8 * row + 8,
+            struct.pack("<q", key + 4),
+            rf"000\.offsets\.bin: row {row} \(byte {8 * row}\): offsets {key} and {key + 4} are not a bag of at most 3",
+        ),
         ("000.offsets.bin", 0, struct.pack("<q", 2), r"000\.offsets\.bin: row 0 \(byte 0\): the first offset is 2"),
     ):
         good = (train / file).read_bytes()
