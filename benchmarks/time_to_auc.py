@@ -2,8 +2,8 @@
 
     python benchmarks/time_to_auc.py --target 0.75 --json figures.json
 
-The set has Criteo's shape and a planted teacher, and is made on the device. Every run is started twice: first for a
-few steps, which fills the caches of compilers and tuning, then for the figure. How to read it: benchmarks/README.md.
+The set has Criteo's shape and a planted teacher, and is made on the device. Every run is started twice: up to its first
+evaluation, which fills the caches of compilers and tuning, then for the figure. How to read it: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def make_set(options: argparse.Namespace, folder: Path) -> tuple[Path, Manifest]
 
 
 def watch_ours(config: Mapping[str, Any], ranks: int, folder: Path, options: argparse.Namespace, *, warm: bool) -> Any:
-    """Run the trainer until the target is seen (``warm``: until its first steps are done), then kill it."""
+    """Run the trainer until the target is seen (``warm``: until its first evaluation is done), then kill it."""
     directory = Path(tempfile.mkdtemp(dir=folder))
     file = directory / "config.json"
     file.write_text(json.dumps({**config, "run": {"directory": str(directory / "out")}}))
@@ -60,7 +60,7 @@ def watch_ours(config: Mapping[str, Any], ranks: int, folder: Path, options: arg
             steps = [record for record in records if record["type"] == "step"]
             evals = [record for record in records if record["type"] == "eval"]
             seen = next((record for record in evals if (record["metrics"]["auc"] or 0) >= options.target), None)
-            if (warm and steps) or seen or ended or time.time() - begun > options.timeout:
+            if (warm and evals) or seen or ended or time.time() - begun > options.timeout:
                 break
             ended = process.poll() is not None
             time.sleep(0.05)
