@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dlrm.device import Array
-from embedding.captured_placement import SIGMAS, most_distinct
+from embedding.captured_placement import SIGMAS, MostRows, most_distinct
 from embedding.column_groups import uncut
 from embedding.jagged import Jagged
 from embedding.placement import Plan
 from embedding.topology import start_of
-from embedding.touched_rows import most_touched
 
 
 @dataclass(slots=True)
@@ -76,8 +75,7 @@ class BagRoom:
         mean: [W] rows of each owner that a row of the batch takes.
         variance: [W] of that.
         even: whether a row takes as many keys of every table as it has features, always.
-        distinct: see ``captured_placement.node_rows``; ``None``: no nodes to exchange by, or not known.
-        touched: see ``touched_rows.most_touched``; ``None``: not known.
+        most: rows that a batch asks for; ``None``: not known.
         sigmas: standard deviations above what is expected.
     """
 
@@ -85,8 +83,7 @@ class BagRoom:
     mean: Array
     variance: Array
     even: bool
-    distinct: Sequence[int] | None = None
-    touched: int | None = None
+    most: MostRows | None = None
     sigmas: float = SIGMAS
 
     @classmethod
@@ -108,11 +105,14 @@ class BagRoom:
             features.append(own)
             even = even and bool((lengths == own).all())
         taken = _rows_taken(plan, sample)
-        distinct = None
-        if nodes is not None and sample.num_rows >= batch:
-            distinct = most_distinct(plan, sample.by_node(nodes, plan.ranks, batch), sigmas)
-        touched = most_touched(plan, sample.keys, sigmas) if sample.num_rows >= batch else None
-        return cls(tuple(features), taken.mean(axis=0), taken.var(axis=0), even, distinct, touched, sigmas)
+        most = None
+        if sample.num_rows >= batch:
+
+            def distinct_of(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
+                return most_distinct(plan, sample.by_node(groups, plan.ranks, batch), sigmas)
+
+            most = MostRows.measure(plan, sample.keys, nodes, distinct_of, sigmas)
+        return cls(tuple(features), taken.mean(axis=0), taken.var(axis=0), even, most, sigmas)
 
     def slots(self, rows: int) -> int:
         """Places of each feature for ``rows`` rows: a quarter more where bags differ."""

@@ -68,6 +68,7 @@ def capacity_bytes(
     *,
     exchange_itemsize: int,
     distinct: Sequence[int] | None = None,
+    once: Sequence[int] | None = None,
     touched: int | None = None,
 ) -> dict[str, Bytes]:
     """Bytes of one step over lists of fixed capacity (``captured_exchange``), whatever the batch's keys are.
@@ -81,8 +82,8 @@ def capacity_bytes(
         plan: where rows lie.
         capacities: [W] C_o, most rows that each rank sends to one other.
         exchange_itemsize: bytes of a number of a vector between ranks; replicated rows' gradients are float32.
-        distinct: [W] U_o, most distinct rows that a node, or where they are de-duplicated a rank, asks of each rank;
-            ``None``: as many as lists have room for.
+        distinct: [W] most distinct rows that a node asks of each rank; ``None``: as many as lists have room for.
+        once: [W] the same of a rank, where rows are de-duplicated.
         touched: R, replicated rows whose gradients are summed; ``None``: all.
 
     Returns:
@@ -95,7 +96,8 @@ def capacity_bytes(
     replicated = sum(placement.threshold for placement in plan.placements) if touched is None else touched
     reduced = ring_bytes(4 * replicated * plan.specs[0].dim, plan.ranks)
     if deduplicates(plan):
-        size = (size if distinct is None else np.minimum(np.asarray(distinct, np.int64), size)) + 1
+        size = (size if once is None else np.minimum(np.asarray(once, np.int64), size)) + 1
+    if deduplicates(plan) or plan.all_to_all == "hierarchical":
         reduced += ring_bytes(_FLAG_BYTES, plan.ranks)
     if plan.all_to_all == "hierarchical":
         locals_ = plan.ranks // plan.nodes
@@ -104,7 +106,6 @@ def capacity_bytes(
         in_lane = lane[:, None] == lane[None, :]
         outward, inward = (plan.nodes - 1) * (same @ size), (~same & in_lane) @ (rooms + 1)
         outward_inside, inward_inside = (locals_ - 1) * plan.nodes * size, ~in_lane @ size
-        reduced += ring_bytes(_FLAG_BYTES, plan.ranks)
     else:
         outward, inward = (~same).sum(axis=1) * size, ~same @ size
         outward_inside, inward_inside = (same.sum(axis=1) - 1) * size, same @ size - size

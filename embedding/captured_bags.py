@@ -122,8 +122,7 @@ class ExchangedBags:
         self._exchange = ExchangedEmbedding(
             plan=plan, comm=comm, topology=topology, device=device, optimizer=optimizer, table_dtype=table_dtype,
             seed=seed, first=0, deterministic=deterministic, exchange_precision=exchange_precision,
-            hierarchical=hierarchical, distinct=room.distinct, touched=room.touched, features=features,
-            lists=lists,
+            hierarchical=hierarchical, most=room.most, features=features, lists=lists,
         )  # fmt: skip
         self.specs, self.plan, self.comm, self.topology, self.first = plan.specs, plan, comm, topology, first
         self._device, self._room, self._dim = device, room, plan.specs[0].dim

@@ -26,7 +26,7 @@ from dlrm.errors import ConfigError
 from dlrm.scalars import OVERFLOW
 from embedding.batch import check_arrays
 from embedding.captured_group import ExchangedGroup, ExchangeForm
-from embedding.captured_placement import SIGMAS
+from embedding.captured_placement import SIGMAS, MostRows
 from embedding.column_groups import column_groups
 from embedding.comm import Comm
 from embedding.exchange_buffers import ExchangeBuffers, GroupBuffers
@@ -64,8 +64,7 @@ class ExchangedEmbedding:
         shares: Array | None = None,
         sigmas: float = SIGMAS,
         hierarchical: bool = False,
-        distinct: Sequence[int] | None = None,
-        touched: int | None = None,
+        most: MostRows | None = None,
         listed: bool = False,
         sends: bool = False,
         features: Sequence[int] | None = None,
@@ -88,10 +87,9 @@ class ExchangedEmbedding:
                 the same on all ranks; ``None``: lists have room for whatever keys there may be.
             sigmas: standard deviations that lists have room for above what is expected.
             hierarchical: rows and gradients go by node (``node_route``); ``topology`` has groups of the device then.
-            distinct: of each rank the most rows of tables that are not cut that a node, or where rows are de-duplicated
-                a rank, asks for (``captured_placement.node_rows``); ``None``: as many as lists have room for.
-            touched: most replicated rows that a batch looks up (``touched_rows.most_touched``): where the plan predicts
-                that to be faster, their gradients alone are summed over the ranks; ``None``: those of all.
+            most: rows of tables that are not cut that batches ask for: decides room for distinct rows, and whether the
+                gradients of touched replicated rows alone are summed over the ranks, where the plan predicts that to
+                be faster; ``None``: room for as many as lists have, and those of all.
             listed: in training rows are not put into the vectors: whoever reads them finds them by ``lists.sources`` in
                 ``weight`` and among what has come (``FlatRoute.come``); not with ``hierarchical``, nor where tables
                 are cut by columns or rows de-duplicated.
@@ -118,7 +116,7 @@ class ExchangedEmbedding:
         self._groups = [
             ExchangedGroup(
                 group, form, None if shares is None else shares[list(group.tables)],
-                distinct if group.parts == 1 else None, touched, lists or {},
+                (most if group.parts == 1 else None) or MostRows(), lists or {},
             )
             for group in groups
         ]  # fmt: skip

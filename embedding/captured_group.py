@@ -12,8 +12,7 @@ H replicated rows, C_o most rows that rank o sends to one other.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +23,12 @@ from dlrm.device import Array, Device
 from dlrm.errors import ConfigError
 from dlrm.scalars import SIZE
 from embedding.batch import check_trains
-from embedding.captured_placement import longer, pair_capacities, place_tables
+from embedding.captured_placement import MostRows, longer, pair_capacities, place_tables
 from embedding.captured_sums import CapturedSums
 from embedding.captured_update import CapturedUpdate
 from embedding.column_groups import ColumnGroup
 from embedding.comm import Comm
-from embedding.distinct_route import DistinctRoute, own_relays
+from embedding.distinct_route import DistinctRoute, distinct_relays
 from embedding.exchange_buffers import GroupBuffers, wire_type
 from embedding.exchange_route import FlatRoute, Route, call
 from embedding.frequent_rows import place_features
@@ -80,8 +79,7 @@ class ExchangedGroup(HeldTables):
         group: ColumnGroup,
         form: ExchangeForm,
         shares: Array | None,
-        distinct: Sequence[int] | None,
-        touched: int | None,
+        most: MostRows,
         lists: Mapping[str, Array],
     ) -> None:
         """Allocate and initialise what this rank holds (collective).
@@ -90,22 +88,20 @@ class ExchangedGroup(HeldTables):
             group: the tables, or parts of tables.
             form: what all groups have in common.
             shares: of each of them, as ``ExchangedEmbedding`` takes them; so are the others.
-            distinct: see there.
-            touched: see there.
+            most: see there.
             lists: see there.
 
         Raises:
             ConfigError: a list of frequent rows is missing.
             DeviceError: there are too many rows.
         """
-        self._form, self._shares, self._distinct, self.room = form, shares, distinct, 1.0
-        self._most_touched = touched
+        self._form, self._shares, self._most, self.room = form, shares, most, 1.0
         device, comm, optimizer = form.device, form.comm, form.optimizer
         self._dim = group.dim
         self._nodes = Nodes.of(form.topology) if form.hierarchical and form.topology is not None else None
         self._once = group.deduplicates
         others = [rank for rank in range(comm.size) if rank != comm.rank]
-        order = (*others, comm.rank) if self._nodes is None or self._once else self._nodes.order
+        order = (*others, comm.rank) if self._nodes is None else self._nodes.order
         self._adds = optimizer.kind == "sgd" and np.dtype(form.table_dtype) == np.float32 and not form.deterministic
         placed = place_tables(
             group, rank=comm.rank, device=device, optimizer=optimizer, dtype=form.table_dtype, seed=form.seed,
@@ -146,9 +142,7 @@ class ExchangedGroup(HeldTables):
         if capacities is None:
             of = self._group.features.tolist()
             capacities = pair_capacities(self._group.plan, capacity, self._shares, self._form.sigmas, self.room, of)
-        distinct = self._distinct and [math.ceil(self.room * most) for most in self._distinct]
-        touched = None if self._most_touched is None else math.ceil(self.room * self._most_touched)
-        return self._make(capacity, vectors, grad_vectors, keys, capacities, distinct, touched)
+        return self._make(capacity, vectors, grad_vectors, keys, capacities, self._most.times(self.room))
 
     def make_room(self, buffers: GroupBuffers) -> None:
         """Have the lists of buffers that are made from now on hold a quarter more than this batch needs.
@@ -159,7 +153,7 @@ class ExchangedGroup(HeldTables):
         self.room *= longer(self._device.to_host(buffers.lists.totals), buffers.lists.capacities)
 
     def exact(self, buffers: GroupBuffers, rows: int, global_rows: int) -> GroupBuffers:
-        """The same batch with lists of the length that it needs, after ``input_dist``; the host waits for counts.
+        """The same batch with lists of the length that it needs, after ``input_dist``; the host waits for most.
 
         Args:
             buffers: the batch's, whose lists may have run over.
@@ -169,7 +163,7 @@ class ExchangedGroup(HeldTables):
         call(self._device, count_pairs, buffers.named, global_rows, self._placed.layout, buffers.lists)
         capacities = self._device.to_host(buffers.lists.totals).max(axis=1).tolist()
         same = buffers.capacity, buffers.vectors, buffers.grad_vectors, buffers.keys
-        made = self._make(*same, tuple(capacities), None, None)
+        made = self._make(*same, tuple(capacities), MostRows())
         made.exact = True
         self.input_dist(made, rows, global_rows)
         return made
@@ -181,14 +175,13 @@ class ExchangedGroup(HeldTables):
         grad_vectors: Array | None,
         keys: Array,
         capacities: tuple[int, ...],
-        distinct: Sequence[int] | None,
-        touched: int | None,
+        most: MostRows,
     ) -> GroupBuffers:
         device, placed = self._device, self._placed
         trains = grad_vectors is not None
         relay, size = (None, 0) if self._nodes is None or not trains else self._nodes.relays(capacities)
         if self._once:
-            relay, size = own_relays(placed.layout, max(capacities))
+            relay, size = distinct_relays(placed.layout, max(capacities), self._nodes)
         lists = PairLists.create(
             device,
             placed.layout,
@@ -202,7 +195,7 @@ class ExchangedGroup(HeldTables):
         )
         buffers = GroupBuffers(
             capacity=capacity, vectors=vectors, grad_vectors=grad_vectors, keys=keys, lists=lists,
-            route=self._route(lists, vectors.dtype, distinct, trains=trains),
+            route=self._route(lists, vectors.dtype, most, trains=trains),
         )  # fmt: skip
         if self._with_lists:
             buffers.places = device.zeros(len(keys), np.int64 if self._frequent.wide else np.int32)
@@ -215,20 +208,22 @@ class ExchangedGroup(HeldTables):
             device=device,
         )  # fmt: skip
         buffers.order = self._sums.order(capacity)
-        if touched is not None:
-            buffers.touched = self._sums.touched(touched, self._form.way)
+        buffers.touched = self._sums.touched(most.touched, self._form.way)
         return buffers
 
-    def _route(self, lists: PairLists, vectors: Any, distinct: Sequence[int] | None, *, trains: bool) -> Route:
+    def _route(self, lists: PairLists, vectors: Any, most: MostRows, *, trains: bool) -> Route:
         layout, device, wire = self._placed.layout, self._device, wire_type(self._form.precision, vectors)
+        topology = None if self._nodes is None else self._form.topology
         if self._once:
-            rooms = lists.capacities if distinct is None else distinct
-            return DistinctRoute(layout, lists, self.comm, device, self._dim, wire, rooms, vectors, trains=trains)
-        if self._nodes is None:
+            once = lists.capacities if most.once is None else most.once
+            by_node = None if topology is None else (topology, most.distinct)
+            return DistinctRoute(
+                layout, lists, self.comm, device, self._dim, wire, once, vectors, by_node, trains=trains
+            )  # fmt: skip
+        if topology is None:
             return FlatRoute(lists, self.comm, device, self._dim, wire)
-        assert self._form.topology is not None
-        rooms = [self.comm.size * most for most in lists.capacities] if distinct is None else distinct
-        return NodeRoute(layout, lists, self._form.topology, device, self._dim, wire, rooms, trains=trains)
+        rooms = [self.comm.size * most for most in lists.capacities] if most.distinct is None else most.distinct
+        return NodeRoute(layout, lists, topology, device, self._dim, wire, rooms, trains=trains)
 
     @property
     def _told_by_pairs(self) -> bool:

@@ -6,7 +6,7 @@ Shapes: T tables, W ranks, F places of the vectors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,13 @@ import numpy as np
 from dlrm.config import OptimizerConfig
 from dlrm.device import Array, Device
 from dlrm.errors import DeviceError
-from embedding.column_groups import ColumnGroup, uncut
+from embedding.column_groups import ColumnGroup, deduplicates, uncut
 from embedding.pair_lists import PairLayout
 from embedding.placement import Plan, TableSpec
 from embedding.row_layout import rows_of
 from embedding.table import Part, Shard, ShardStore, create_shards
 from embedding.topology import start_of
+from embedding.touched_rows import most_touched
 
 SIGMAS = 10.0
 """A list holds what is expected and so many standard deviations."""
@@ -32,6 +33,52 @@ _MORE = 1.25
 """How many times as long lists are made as one that ran over would have had to be."""
 
 _PADDING = "(padding)"
+
+
+@dataclass(frozen=True, slots=True)
+class MostRows:
+    """Most rows that a batch asks for; ``None``: not known, or nobody asks.
+
+    Attributes:
+        distinct: [W] distinct ones of each rank for a node (``node_rows``).
+        once: [W] the same for a rank, where rows are de-duplicated.
+        touched: replicated ones (``touched_rows.most_touched``).
+    """
+
+    distinct: Sequence[int] | None = None
+    once: Sequence[int] | None = None
+    touched: int | None = None
+
+    def times(self, factor: float) -> MostRows:
+        """So many times as much."""
+        distinct, once = (
+            None if own is None else [math.ceil(factor * rows) for rows in own] for own in (self.distinct, self.once)
+        )
+        return MostRows(distinct, once, None if self.touched is None else math.ceil(factor * self.touched))
+
+    @classmethod
+    def measure(
+        cls,
+        plan: Plan,
+        keys: Sequence[Array],
+        nodes: Sequence[Sequence[int]] | None,
+        distinct_of: Callable[[Sequence[Sequence[int]]], tuple[int, ...]],
+        sigmas: float,
+    ) -> MostRows:
+        """Look at one batch.
+
+        Args:
+            plan: placements of all tables.
+            keys: of each table, those of the batch.
+            nodes: the ranks of each node, where rows go by node.
+            distinct_of: ``most_distinct`` of the batch by such groups of ranks.
+            sigmas: standard deviations above what these keys show.
+        """
+        return cls(
+            distinct=None if nodes is None else distinct_of(nodes),
+            once=distinct_of([[rank] for rank in range(plan.ranks)]) if deduplicates(plan) else None,
+            touched=most_touched(plan, keys, sigmas),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -240,11 +240,11 @@ KERNEL void __launch_bounds__(THREADS) number_runs(
   }
 }
 
-// out[named[i]] = slots[i].
-KERNEL void __launch_bounds__(THREADS) unsort_slots(
-    const uint32* __restrict__ slots, const uint32* __restrict__ named, int64 count, int* __restrict__ out) {
+// out[places[i]] = numbers[i].
+KERNEL void __launch_bounds__(THREADS) put_numbers(
+    const int* __restrict__ numbers, const uint32* __restrict__ places, int64 count, int* __restrict__ out) {
   const int64 i = int64(blockIdx.x) * THREADS + threadIdx.x;
-  if (i < count) out[named[i]] = int(slots[i]);
+  if (i < count) out[places[i]] = numbers[i];
 }
 
 // counts[n] = touched rows in tile n.

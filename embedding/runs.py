@@ -123,15 +123,15 @@ def number_runs(rows: Array, runs: Runs) -> None:
         runs.distinct[begin : begin + min(room, len(distinct))] = distinct[:room]
 
 
-def unsort_slots(slots: Array, named: Array, out: Array) -> None:
-    """Bring slots of sorted rows to where the rows were: ``out[named[i]] = slots[i]``.
+def put_numbers(numbers: Array, places: Array, out: Array) -> None:
+    """``out[places[i]] = numbers[i]``, such as slots of sorted rows where the rows were.
 
     Args:
-        slots: [K or more] uint32.
-        named: [K or more] uint32, the numbers below K in any order.
-        out: [K] int32, written.
+        numbers: [n or more] uint32 or int32, below 2^31.
+        places: [n] uint32; one that stands there more often gets any of its numbers.
+        out: int32, written.
     """
-    out[named[: len(out)]] = slots[: len(out)]
+    out[places] = numbers[: len(places)]
 
 
 def sum_runs(gradients: Array, sort: RowSort, sums: Array, unit: UnitUpdate) -> None:  # noqa: ARG001

@@ -32,9 +32,10 @@ def number_runs(rows: Any, runs: Runs) -> None:
     )
 
 
-def unsort_slots(slots: Any, named: Any, out: Any) -> None:
-    """See ``runs.unsort_slots``."""
-    load(SOURCE, "unsort_slots", _DEFINES)(-(-len(out) // THREADS), THREADS, slots, named, np.int64(len(out)), out)
+def put_numbers(numbers: Any, places: Any, out: Any) -> None:
+    """See ``runs.put_numbers``."""
+    if count := len(places):
+        load(SOURCE, "put_numbers", _DEFINES)(-(-count // THREADS), THREADS, numbers, places, np.int64(count), out)
 
 
 def sum_runs(gradients: Any, sort: RowSort, sums: Any, unit: UnitUpdate) -> None:

@@ -184,7 +184,7 @@ def _exchanged(
     if room.bags is not None:
         return ExchangedBags(**shared, room=replace(room.bags, sigmas=room.sigmas))
     return ExchangedEmbedding(
-        **shared, shares=room.shares, sigmas=room.sigmas, distinct=room.distinct, touched=room.touched, listed=fused,
+        **shared, shares=room.shares, sigmas=room.sigmas, most=room.most, listed=fused,
         sends=fused and not scales_dynamically(config),  # which looks at all gradients before they travel
     )  # fmt: skip
 

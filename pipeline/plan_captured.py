@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +11,8 @@ from dlrm.config import RunConfig
 from dlrm.device import Device
 from dlrm.errors import ConfigError
 from embedding.bag_room import BagRoom, BagSample
-from embedding.captured_placement import SIGMAS, node_rows, owner_shares
-from embedding.column_groups import check_placements, deduplicates
+from embedding.captured_placement import SIGMAS, MostRows, node_rows, owner_shares
+from embedding.column_groups import check_placements
 from embedding.comm import Comm
 from embedding.device_links import probe_device
 from embedding.frequent_rows import check_lists, places_of_rows
@@ -22,7 +21,6 @@ from embedding.placement import Plan
 from embedding.plan import plan_from_values
 from embedding.plan_trial import plans_on_first_rank
 from embedding.topology import Topology
-from embedding.touched_rows import most_touched
 from pipeline.checkpoint import Checkpoint
 from pipeline.dataset import Dataset
 from pipeline.frequency_orders import FrequencyOrders, FrequentLists, may_list, saved_lists
@@ -110,7 +108,7 @@ def _is_captured(plan: Plan, config: RunConfig) -> bool:
     """Whether GPUs can follow a checkpoint's plan, which CPUs may have made."""
     once = config.embedding.deduplicate is True
     travel = [placement for placement in plan.placements if placement.kind not in ("replicated", "column_wise")]
-    if any(placement.deduplicate != once for placement in travel) or (once and plan.all_to_all == "hierarchical"):
+    if any(placement.deduplicate != once for placement in travel):
         return False
     try:
         check_placements(plan.specs, plan.placements)
@@ -132,15 +130,13 @@ class ListRoom:
 
     Attributes:
         shares: [T, W], see ``owner_shares``.
-        distinct: see ``node_rows``; ``None``: no nodes to exchange by, or not known.
-        touched: see ``most_touched``; ``None``: not known.
+        most: rows that a batch asks for; ``None``: not known.
         sigmas: standard deviations above what is expected.
         bags: the same of rows that have bags; ``None``: every bag holds one key, and batches come as records.
     """
 
     shares: NDArray[np.float64]
-    distinct: Sequence[int] | None
-    touched: int | None = None
+    most: MostRows | None = None
     sigmas: float = SIGMAS
     bags: BagRoom | None = None
 
@@ -153,9 +149,7 @@ def measure_lists(
     wanted = max(config.data.batch_size, config.eval.batch_size)
     batches, tables = min(-(-wanted // config.data.batch_size), _MOST_BATCHES), len(dataset.tables)
     nodes = None
-    if deduplicates(plan):
-        nodes = [[rank] for rank in range(plan.ranks)]
-    elif plan.all_to_all == "hierarchical":
+    if plan.all_to_all == "hierarchical":
         nodes = [topology.ranks_of(node) for node in range(topology.num_nodes)]
     with first_batches(config, dataset, batches) as loader:
         parts = [batch.host.keys for batch in loader]
@@ -163,13 +157,13 @@ def measure_lists(
         sample = BagSample.join(parts, tables)
         sample.keys = [places_of_rows(keys, rows) for keys, rows in zip(sample.keys, frequent, strict=True)]
         bags = BagRoom.measure(plan, sample, wanted, nodes)
-        return ListRoom(np.empty((tables, 0)), bags.distinct, bags=bags)
+        return ListRoom(np.empty((tables, 0)), bags.most, bags=bags)
     own = [part.keys.reshape(tables, -1).astype(np.int64) for part in parts]
     keys = np.concatenate([*own, np.empty((tables, 0), np.int64)], axis=1)
     keys = np.stack([places_of_rows(row, rows) for row, rows in zip(keys, frequent, strict=True)])
     shares = owner_shares(plan, list(keys))
     if keys.shape[1] < wanted:
-        return ListRoom(shares, None)
+        return ListRoom(shares)
     keys = keys[:, :wanted]
-    distinct = None if nodes is None else node_rows(plan, keys, nodes)
-    return ListRoom(shares, distinct, most_touched(plan, list(keys), SIGMAS))
+    most = MostRows.measure(plan, list(keys), nodes, lambda groups: node_rows(plan, keys, groups), SIGMAS)
+    return ListRoom(shares, most)

@@ -211,12 +211,6 @@ def plan_several(
     embedding = config.embedding
     itemsize = ITEMSIZES[config.table_precision]
     exchanged = EXCHANGE_BYTES[embedding.exchange_precision]
-    once = embedding.deduplicate is True
-    if captured and once and embedding.all_to_all == "hierarchical":
-        raise ConfigError(
-            "embedding.deduplicate: true with all_to_all hierarchical, which between GPUs sums a node's gradients of a "
-            "row already; set one of them to auto"
-        )
     if captured:
         exchanged = min(ITEMSIZES[config.precision], exchanged or 4)
     if memory_limit is None and embedding.memory_limit_mib is not None:
@@ -237,8 +231,8 @@ def plan_several(
         weighted=known.weighted,
         links=links,
         memory_limit_bytes=memory_limit,
-        deduplicate=once if captured else embedding.deduplicate,
-        all_to_all="flat" if captured and once else embedding.all_to_all,
+        deduplicate=embedding.deduplicate is True if captured else embedding.deduplicate,
+        all_to_all=embedding.all_to_all,
         captured=captured,
     )
 

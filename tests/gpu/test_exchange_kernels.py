@@ -303,7 +303,22 @@ class KernelDevice(HostDevice):
 
 @pytest.mark.parametrize(
     ("number", "ranks"),
-    [(0, 2), (4, 3), (7, 2), (8, 4), (9, 3), (10, 2), (11, 4), (12, 4), (18, 4), (20, 3), (25, 2), (27, 3), (28, 2)],
+    [
+        (0, 2),
+        (4, 3),
+        (7, 2),
+        (8, 4),
+        (9, 3),
+        (10, 2),
+        (11, 4),
+        (12, 4),
+        (18, 4),
+        (20, 3),
+        (25, 2),
+        (28, 2),
+        (30, 4),
+        (31, 4),
+    ],
 )
 def test_ranks_train_as_one(machine: Any, number: int, ranks: int) -> None:
     if not machine.emulated:

@@ -12,7 +12,7 @@ import pytest
 import rank_threads
 from run_cases import emulate, losses, records, run, values
 
-from dlrm.errors import ConfigError
+from dlrm.errors import DeviceError
 from dlrm.interaction import listed_interaction_backward
 from dlrm.scalars import SKIPPED_STEPS
 from embedding.captured_exchange import ExchangedEmbedding
@@ -103,11 +103,13 @@ def test_ranks_train_as_one(
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 def test_ranks_exchange_by_node(emulated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two nodes of two ranks, whose lists run over at first, and which not all of them can count by themselves."""
+    """Two nodes of two ranks, whose lists run over at first; distinct rows not all of them can count by themselves."""
     measure = engine_cuda.measure_lists
     monkeypatch.setattr(engine_cuda, "measure_lists", lambda *rest: replace(measure(*rest), sigmas=-10.0))
     one = run_on(1, tmp_path / "one", emulated)
-    nodes = run_on(4, tmp_path / "nodes", emulated, embedding={"nodes": 2, "all_to_all": "hierarchical"})
+    nodes = run_on(
+        4, tmp_path / "nodes", emulated, embedding={"nodes": 2, "all_to_all": "hierarchical", "deduplicate": True}
+    )
     check(tmp_path / "nodes", nodes, tmp_path / "one", one)
     assert records(tmp_path / "nodes", "start")[0]["plan"]["all_to_all"] == "hierarchical"
     assert 1 <= records(tmp_path / "nodes", "step")[-1]["overflows"] < STEPS
@@ -262,19 +264,14 @@ def test_rows_that_the_interaction_finds_train_like_rows_side_by_side(
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"embedding": {"deduplicate": True, "all_to_all": "hierarchical"}},
-            "deduplicate: true with all_to_all hierarchical",
-        ),
-    ],
+    "exchange", [{"deduplicate": True}, {"placement": "column_wise"}, {"nodes": 2, "all_to_all": "hierarchical"}]
 )
-def test_what_several_gpus_do_not_do_is_refused(
-    emulated: Any, changes: dict[str, Any], message: str, tmp_path: Path
+def test_one_kernel_for_look_up_and_interaction_is_refused_where_it_cannot_be(
+    emulated: Any, exchange: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
-        run_on(2, tmp_path, emulated, **changes)
+    form = {"precision": "fp16", "cuda": {"fused_train": True}}
+    with pytest.raises(DeviceError, match="not by node or de-duplicated, no table column_wise"):
+        run_on(2, tmp_path, emulated, embedding=exchange, **form)
 
 
 def test_a_batch_that_fills_some_ranks_shares_alone_is_not_whole() -> None:

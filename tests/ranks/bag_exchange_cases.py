@@ -99,7 +99,7 @@ class Trainer:
         self.case, self.comm, self.device = case, comm, device
         self.work, plan = draw(case), plan_of(case, comm.size)
         topology = discover(host or comm, case.nodes)
-        nodes = xc.askers_of(case, topology)
+        nodes = [topology.ranks_of(node) for node in range(case.nodes)]
         if host is not None:  # groups that carry buffers of the device
             inside = comm.split(topology.node, topology.local_rank)
             topology = replace(topology, inside=inside, across=comm.split(topology.local_rank, topology.node))
@@ -110,7 +110,7 @@ class Trainer:
             plan,
             sample,
             case.batches[0],
-            nodes if case.nodes > 1 or case.once else None,
+            nodes if case.nodes > 1 else None,
             10.0 if case.short >= 1 else 0.0,
         )
         self.embedding = ExchangedBags(
@@ -244,5 +244,6 @@ CASES = (
     BagCase(seed=39, kinds=("column_wise",) * 6, dim=16, nodes=2),
     BagCase(seed=41, once=True, weighted=True),
     BagCase(seed=42, once=True, kind="adam", deterministic=True, short=0.4),
+    BagCase(seed=43, once=True, nodes=2, kind="adagrad", weighted=True),
     BagCase(seed=40, kinds=("listed", "row_wise", "listed", "listed", "listed", "table_wise"), threshold=0.2),
 )  # fmt: skip

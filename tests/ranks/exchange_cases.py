@@ -12,15 +12,14 @@ from dlrm.config import OptimizerConfig
 from dlrm.device import HostDevice
 from dlrm.scalars import OVERFLOW, SIZE, write_guard, write_scalars
 from embedding.captured_exchange import ExchangeBuffers, ExchangedEmbedding
-from embedding.captured_placement import node_rows, owner_shares
+from embedding.captured_placement import MostRows, node_rows, owner_shares
 from embedding.comm import SingleComm
 from embedding.frequent_rows import places_of_rows
 from embedding.hybrid import HybridEmbedding
 from embedding.jagged import Jagged
 from embedding.placement import Placement, Plan, TableSpec
 from embedding.sparse_optim import constants
-from embedding.topology import Topology, discover, share_of, start_of
-from embedding.touched_rows import most_touched
+from embedding.topology import discover, share_of, start_of
 
 LR = 0.1
 LOSS_SCALE = 64.0
@@ -76,13 +75,6 @@ def once_of(case: ExchangeCase, placements: Sequence[Placement]) -> tuple[Placem
     return tuple(replace(own, deduplicate=case.once and own.kind not in whole) for own in placements)
 
 
-def askers_of(case: ExchangeCase, topology: Topology) -> list[list[int]]:
-    """The ranks that ask together for distinct rows: those of a node, or each by itself."""
-    if case.once:
-        return [[rank] for rank in range(len(topology.node_of))]
-    return [topology.ranks_of(node) for node in range(case.nodes)]
-
-
 def lists_of(case: ExchangeCase, plan: Plan) -> dict[str, np.ndarray]:
     """The frequent rows of the tables that list them, most of them below half."""
     rng, lists = np.random.default_rng(case.seed + 1), {}
@@ -92,6 +84,16 @@ def lists_of(case: ExchangeCase, plan: Plan) -> dict[str, np.ndarray]:
             rows = rng.choice(spec.rows, placement.threshold, replace=False, p=odds / odds.sum())
             lists[spec.name] = np.sort(rows).astype(np.int64)
     return lists
+
+
+def most_rows(case: ExchangeCase, plan: Plan, places: np.ndarray, nodes: Sequence[Sequence[int]] | None) -> MostRows:
+    """What lists of distinct rows have room for, by one batch's places; little where they are to run over."""
+    enough = case.short >= 1
+    most = MostRows.measure(
+        plan, list(places), nodes, lambda groups: node_rows(plan, places, groups, 10.0 if enough else 0.0),
+        0.5 if enough else -2.0,
+    )  # fmt: skip
+    return most if case.touched else replace(most, touched=None)
 
 
 def draw(case: ExchangeCase) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -128,7 +130,7 @@ class Trainer:
         first = np.stack([places_of_rows(k, lists.get(f"t{i}")) for i, k in enumerate(self.work[0][0])])
         shares = owner_shares(plan, list(first))
         topology = discover(host or comm, case.nodes)
-        nodes = askers_of(case, topology)
+        nodes = [topology.ranks_of(node) for node in range(case.nodes)]
         if host is not None:  # groups that carry buffers of the device
             inside = comm.split(topology.node, topology.local_rank)
             topology = replace(topology, inside=inside, across=comm.split(topology.local_rank, topology.node))
@@ -137,8 +139,7 @@ class Trainer:
             table_dtype=np.float32, seed=case.seed, first=case.first, deterministic=case.deterministic,
             exchange_precision=case.precision, shares=shares * case.short,  # type: ignore[arg-type]
             sigmas=10.0 if case.short == 1 else 0.0, hierarchical=case.nodes > 1,
-            distinct=node_rows(plan, first, nodes, 10.0 if case.short >= 1 else 0.0), lists=lists,
-            touched=most_touched(plan, list(first), 0.5 if case.short >= 1 else -2.0) if case.touched else None,
+            most=most_rows(case, plan, first, nodes), lists=lists,
         )  # fmt: skip
         self.embedding.track_touched()
         self.guard = device.xp.asarray(write_guard(np.empty(SIZE, np.float32), LOSS_SCALE))
@@ -348,5 +349,9 @@ CASES = (
     ExchangeCase(seed=41, once=True),
     ExchangeCase(seed=42, once=True, kind="adam", deterministic=True, short=0.4, kinds=LISTED),
     ExchangeCase(seed=43, once=True, kind="adagrad", precision="bf16", kinds=CUT, dim=16),
+    ExchangeCase(seed=47, once=True, nodes=2, dim=8),
+    ExchangeCase(seed=49, once=True, nodes=2, kind="adam", deterministic=True, precision="bf16", kinds=LISTED),
+    ExchangeCase(seed=50, once=True, nodes=2, short=0.4, kind="rowwise_adagrad"),
+    ExchangeCase(seed=51, once=True, nodes=2, kinds=CUT, dim=16, batches=(96, 3, 96)),
     ExchangeCase(seed=44, once=True, kind="rowwise_adagrad", kinds=("row_wise", "table_wise") * 3, batches=(96, 3, 96)),
 )  # fmt: skip

@@ -18,14 +18,13 @@ from dlrm.device import HostDevice
 from dlrm.errors import ConfigError
 from embedding.batch_cost import capacity_bytes
 from embedding.captured_exchange import ExchangedEmbedding
-from embedding.captured_placement import node_rows, owner_shares, pair_capacities
+from embedding.captured_placement import MostRows, owner_shares, pair_capacities
 from embedding.column_groups import column_groups
 from embedding.comm import SingleComm
 from embedding.comm_counting import CountingComm
 from embedding.frequent_rows import places_of_rows
 from embedding.placement import Placement, Plan, TableSpec, node_of_ranks
 from embedding.topology import share_of
-from embedding.touched_rows import most_touched
 
 
 @pytest.mark.parametrize("case", xc.CASES, ids=lambda case: f"{case.seed}-{case.kind}")
@@ -46,7 +45,7 @@ def test_exchange_by_nodes(nodes: int, ranks: int, seed: int) -> None:
         np.testing.assert_array_equal(one.vectors[0], other.vectors[0])
 
 
-@pytest.mark.parametrize("form", ["flat", "by node", "once", "touched"])
+@pytest.mark.parametrize("form", ["flat", "by node", "once", "once, by node", "touched"])
 @pytest.mark.parametrize(
     ("ranks", "nodes", "precision", "kinds"),
     [(2, 1, "fp32", None), (3, 3, "fp32", None), (4, 2, "fp32", xc.CUT), (4, 2, "bf16", None), (6, 2, "fp32", xc.CUT)],
@@ -55,7 +54,7 @@ def test_bytes_are_those_of_the_capacities(
     ranks: int, nodes: int, precision: str, kinds: tuple[str, ...] | None, form: str, seed: int
 ) -> None:
     """What the formula says, what the tables say and what reached the carrier on both levels, whatever the keys are."""
-    by_node, once = form == "by node", form == "once"
+    by_node, once = "by node" in form, "once" in form
     case = xc.ExchangeCase(
         seed=seed, precision=precision, nodes=nodes if by_node else 1, batches=(300, 300, 300),
         kinds=kinds or xc.ExchangeCase.kinds, dim=16, once=once, touched=form == "touched",
@@ -67,17 +66,17 @@ def test_bytes_are_those_of_the_capacities(
     keys = np.stack([places_of_rows(own, lists.get(f"t{i}")) for i, own in enumerate(keys)])
     shares, node_of = owner_shares(plan, list(keys)), node_of_ranks(ranks, nodes)
     members = [[rank for rank in range(ranks) if node_of[rank] == node] for node in range(nodes)]
-    members = [[rank] for rank in range(ranks)] if once else members
     expected: dict[str, Any] = {}
     for group in column_groups(plan, range(len(case.rows)), case.first):
         whole = group.parts == 1
-        touched = most_touched(plan, list(keys), 0.5) if whole and case.touched else None
+        most = xc.most_rows(case, plan, keys, members if by_node else None) if whole else MostRows()
+        touched = most.touched
         assert touched is None or touched < sum(placement.threshold for placement in plan.placements)
         rows, own = share_of(300, ranks, 0), shares[list(group.tables)]
         found = capacity_bytes(
             group.plan, pair_capacities(group.plan, rows, own, features=group.features.tolist()),
             exchange_itemsize=4 if precision == "fp32" else 2,
-            distinct=node_rows(plan, keys, members) if (by_node or once) and whole else None, touched=touched,
+            distinct=most.distinct, once=most.once, touched=touched,
         )  # fmt: skip
         expected = {name: expected.get(name, 0) + values for name, values in found.items()}
 
