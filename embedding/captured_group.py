@@ -222,7 +222,7 @@ class ExchangedGroup(HeldTables):
             )  # fmt: skip
         if topology is None:
             return FlatRoute(lists, self.comm, device, self._dim, wire)
-        rooms = [self.comm.size * most for most in lists.capacities] if most.distinct is None else most.distinct
+        rooms = [self.comm.size * rows for rows in lists.capacities] if most.distinct is None else most.distinct
         return NodeRoute(layout, lists, topology, device, self._dim, wire, rooms, trains=trains)
 
     @property
