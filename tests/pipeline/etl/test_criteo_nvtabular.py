@@ -172,7 +172,7 @@ def test_what_the_workflow_has_no_place_for_is_refused(tmp_path: Path, rng: np.r
     with pytest.raises(ConfigError, match=r"rows\.tsv\.gz: --engine nvtabular reads plain text"):
         engine.check_inputs(CriteoInputs(train=[rows], test=[packed]), make_rules())
     with pytest.raises(ConfigError, match=r"--count all: --engine nvtabular counts the training rows alone"):
-        engine.check_inputs(CriteoInputs(train=[rows], test=[rows]), make_rules(count="all"))
+        engine.check_inputs(CriteoInputs(train=[rows]), make_rules(count="all"))
 
 
 def refusal(arguments: list[str], environment: dict[str, str | None]) -> str:
@@ -310,6 +310,43 @@ def test_both_engines_follow_the_rules(tmp_path: Path, rng: np.random.Generator,
     theirs = engine.prepare_with_nvtabular(
         inputs, tmp_path / "theirs", python=nvtabular_python(), rules=rules, block_bytes=9_000
     )
+    assert content(theirs) == content(own)
+
+
+@with_nvtabular
+def test_workers_of_a_dask_scheduler_write_the_same_rows(tmp_path: Path, rng: np.random.Generator) -> None:
+    inputs = CriteoInputs(train=[write_rows(tmp_path / "train.tsv", rng, 300)])
+    own = prepare_criteo(inputs, tmp_path / "own")
+    place = tmp_path / "scheduler.json"
+    dask = [str(nvtabular_python().parent / "dask")]
+    scheduler = [*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+    worker = [
+        *dask,
+        "worker",
+        "--nthreads",
+        "1",
+        "--nworkers",
+        "2",
+        "--no-dashboard",
+        "--local-directory",
+        str(tmp_path),
+    ]
+    started = [
+        subprocess.Popen([*command, "--scheduler-file", str(place)], stderr=subprocess.DEVNULL)
+        for command in (scheduler, worker)
+    ]
+    try:
+        deadline = time.monotonic() + 60
+        while not place.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        address = json.loads(place.read_text())["address"]
+        theirs = engine.prepare_with_nvtabular(
+            inputs, tmp_path / "theirs", python=nvtabular_python(), scheduler=address, block_bytes=9_000
+        )
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.wait(60)
     assert content(theirs) == content(own)
 
 
