@@ -136,6 +136,7 @@ def main() -> None:
         forms: tuple[dict[str, Any], ...] = (
             {"kind": "sgd"}, {"kind": "adam"}, {"kind": "sgd", "kinds": xc.LISTED},
             {"kind": "adam", "kinds": xc.CUT, "once": True},
+            {"kind": "adagrad", "rows": (9000, 3, 700, 2000, 9, 4000), "touched": True},
         )  # fmt: skip
         for number, form in enumerate(forms):
             case = replace(xc.CASES[0], seed=100 + number, dim=128, batches=(480,) * 8, **form)

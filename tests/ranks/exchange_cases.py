@@ -91,7 +91,7 @@ def most_rows(case: ExchangeCase, plan: Plan, places: np.ndarray, nodes: Sequenc
     enough = case.short >= 1
     most = MostRows.measure(
         plan, list(places), nodes, lambda groups: node_rows(plan, places, groups, 10.0 if enough else 0.0),
-        0.5 if enough else -2.0,
+        3.0 if enough else -2.0,
     )  # fmt: skip
     return most if case.touched else replace(most, touched=None)
 
