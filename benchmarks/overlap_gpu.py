@@ -221,21 +221,25 @@ def steps(
     count: int,
     clock: StageClock | None = None,
 ) -> float:
-    """Seconds a step, the first ones left out; losses are looked at behind the steps, as the trainer does."""
+    """Seconds a step; losses are looked at behind the steps, as the trainer does.
+
+    The first steps are left out, and the last ones, which drain the ring: they are issued where others are replayed.
+    """
     cold = 2 * len(ring)
     issued: deque[Outcome] = deque()
-    start = 0.0
-    with feed.batches(start_step=0, stop_step=cold + count) as batches:
+    start = end = 0.0
+    with feed.batches(start_step=0, stop_step=cold + count + len(ring)) as batches:
         run = execute(rows, stages=engine.stages, ring=ring, batches=batches, device=engine.device, clock=clock)
         for done, flight in enumerate(run, 1):
             issued.append(engine.stages.outcome(flight))
-            while len(issued) > (0 if done == cold else engine.device.steps_behind):
+            ends = done in {cold, cold + count}
+            while len(issued) > (0 if ends else engine.device.steps_behind):
                 check(issued.popleft().loss())
-            if done == cold:
-                start = time.perf_counter()
+            if ends:
+                start, end = end, time.perf_counter()
         while issued:
             check(issued.popleft().loss())
-        return (time.perf_counter() - start) / count
+        return (end - start) / count
 
 
 def check(loss: float) -> None:
