@@ -11,14 +11,17 @@
 KERNEL void __launch_bounds__(THREADS) spread_keys(
     const KEY* __restrict__ keys, const int64* __restrict__ offsets, uint32 global_rows,
     const int* __restrict__ first_feature, const int* __restrict__ table, uint32 ranks, uint32 places,
-    KEY* __restrict__ spread) {
+    KEY* __restrict__ spread, int* __restrict__ over) {
   const uint32 chunks = (places + THREADS - 1) / THREADS, part = blockIdx.x / chunks;
   const uint32 s = blockIdx.x % chunks * THREADS + threadIdx.x, u = part / ranks, r = part % ranks;
   if (s >= places) return;
   const int t = table[u];
   const int64* own = offsets + int64(t) * global_rows;
   const int64 at = own[start_of(global_rows, ranks, r)] + int64(u - first_feature[t]) * places + s;
-  spread[int64(part) * places + s] = at < own[start_of(global_rows, ranks, r + 1)] ? keys[at] : KEY(-1);
+  const int64 end = own[start_of(global_rows, ranks, r + 1)];
+  spread[int64(part) * places + s] = at < end ? keys[at] : KEY(-1);
+  // The last place has a key behind it; whoever writes writes the same.
+  if (s == places - 1 && u + 1 == uint32(first_feature[t + 1]) && at + 1 < end) *over = 1;
 }
 
 // begins[t] = this rank's keys of the tables before t; every thread of the block calls it.
@@ -61,10 +64,10 @@ DEVICE int table_of(const int* vector, int tables, uint32 v) {
   return low;
 }
 
-// ends[v * B + b] = where the keys of row b's vector v begin among this rank's.
+// ends[v * B + b] = where the keys of row b's vector v begin among this rank's, of which `room` are kept.
 KERNEL void __launch_bounds__(THREADS) end_bags(
     const int64* __restrict__ offsets, uint32 global_rows, uint32 start, uint32 rows, int tables,
-    const int* __restrict__ vector, int64* __restrict__ ends) {
+    const int* __restrict__ vector, int64 room, int64* __restrict__ ends) {
   DYNAMIC_SHARED(memory);
   const int64* own = offsets + start;
   const int64* begins = begin_tables(memory, own, global_rows, rows, tables);
@@ -73,9 +76,9 @@ KERNEL void __launch_bounds__(THREADS) end_bags(
   const uint32 v = i < bags ? i / rows : 0, b = i < bags ? i % rows : 0;
   const int t = i < bags ? table_of(vector, tables, v) : tables - 1;
   const int64* of_table = own + int64(t) * global_rows;
-  if (i == bags) ends[i] = begins[t] + of_table[rows] - of_table[0];
-  else if (vector[t + 1] - vector[t] > 1) ends[i] = begins[t] + int64(v - vector[t]) * rows + b;
-  else ends[i] = begins[t] + of_table[b] - of_table[0];
+  int64 end = begins[t] + of_table[i < bags ? b : rows] - of_table[0];
+  if (i < bags && vector[t + 1] - vector[t] > 1) end = begins[t] + int64(v - vector[t]) * rows + b;
+  ends[i] = end < room ? end : room;
 }
 
 // For the key at place s of feature u, if there is one: the row that the exchange brings it to among the rows of this
@@ -106,8 +109,10 @@ KERNEL void __launch_bounds__(THREADS) list_bags(
   const uint32 each = vector[t + 1] - vector[t];
   const int64 at = begins[t] + (each > 1 ? n % each * rows + n / each : n);
   const float weight = weighted ? weights[begin + n] : 1.0f;
-  keys[at] = int(row);
-  if (weighted) key_weights[at] = weight;
+  if (at < int64(features) * places) {
+    keys[at] = int(row);
+    if (weighted) key_weights[at] = weight;
+  }
   if (!trains) return;
   // Where bags hold as many keys each, the guess holds.
   uint32 b = uint32(n * rows / count);

@@ -98,18 +98,21 @@ class BagLayout:
         )
 
 
-def spread_keys(bags: GlobalBags, global_rows: int, layout: BagLayout, spread: Array) -> None:
+def spread_keys(bags: GlobalBags, global_rows: int, layout: BagLayout, spread: Array, over: Array) -> None:
     """Write every key to its place.
 
     Args:
-        bags: of the global batch; no rank has more keys of a table than its features have places.
+        bags: of the global batch.
         global_rows: G.
         layout: of the tables.
         spread: [U * W * S] of the keys' type, written; -1 where there is no key.
+        over: [1] int32, written: 1 if a rank has more keys of a table than its features have places; these are left
+            out.
     """
     places = len(spread) // (layout.features * layout.ranks)
     out = spread.reshape(layout.features, layout.ranks, places)
     out.fill(-1)
+    over[0] = places < places_needed(bags.offsets, global_rows, layout)
     for feature, table in enumerate(layout.table.tolist()):
         for rank in range(layout.ranks):
             begin, end = (
@@ -121,10 +124,20 @@ def spread_keys(bags: GlobalBags, global_rows: int, layout: BagLayout, spread: A
             out[feature, rank, : len(own)] = own
 
 
+def places_needed(offsets: Array, global_rows: int, layout: BagLayout) -> int:
+    """The places of each feature that a global batch needs; arrays of the host."""
+    tables, bounds = len(layout.mean), range(layout.ranks + 1)
+    starts = np.array([start_of(global_rows, layout.ranks, bound) for bound in bounds])
+    most = np.diff(offsets[np.arange(tables)[:, None] * global_rows + starts], axis=1).max(axis=1, initial=0)
+    return int((-(-most // np.diff(layout.first_feature))).max(initial=1))
+
+
 def list_bags(
     bags: GlobalBags, global_rows: int, layout: BagLayout, places: int, pooled: Pooling, shares: Pooling | None
 ) -> None:
     """Write how this rank's vectors come from rows, and gradients of rows from those of vectors.
+
+    Where ``spread_keys`` has left keys out, so that the batch has to be run again, vectors come from any rows.
 
     Args:
         bags: of the global batch.
@@ -146,21 +159,23 @@ def list_bags(
         own = bags.offsets[table * global_rows + start : table * global_rows + start + rows + 1]
         count, lengths, vector = int(own[-1] - own[0]), np.diff(own), int(layout.vector[table])
         number = np.arange(count)
-        row = number % places * layout.features + layout.first_feature[table] + number // places
+        feature = layout.first_feature[table] + number // places
+        row, there = number % places * layout.features + feature, feature < layout.first_feature[table + 1]
         weights = np.ones(count, np.float32)
         if len(bags.weights):
             weights = bags.weights[own[0] : own[-1]]
         each = layout.vector[table + 1] - layout.vector[table]
         bag = np.repeat(np.arange(rows), lengths)
         place = number if each == 1 else number % each * rows + number // each
-        pooled.keys[at + place] = row
+        kept = there & (at + place < len(pooled.keys))
+        pooled.keys[at + place[kept]] = row[kept]
         if len(pooled.weights):
-            pooled.weights[at + place] = weights
-        ends = own - own[0] if each == 1 else np.arange(each * rows + 1)
-        pooled.offsets[vector * rows : (vector + each) * rows + 1] = at + ends[: each * rows + 1]
+            pooled.weights[at + place[kept]] = weights[kept]
+        ends = at + (own - own[0] if each == 1 else np.arange(each * rows + 1))
+        pooled.offsets[vector * rows : (vector + each) * rows + 1] = np.minimum(ends, len(pooled.keys))
         if shares is not None:
             of_bag = layout.first + vector + (number % each if each > 1 else 0)
             divided = lengths[bag].astype(np.float32) if layout.mean[table] else np.float32(1)
-            shares.keys[row] = bag * num_places + of_bag
-            shares.weights[row] = weights / divided
+            shares.keys[row[there]] = (bag * num_places + of_bag)[there]
+            shares.weights[row[there]] = (weights / divided)[there]
         at += count

@@ -15,12 +15,14 @@ SOURCE = Path(__file__).with_name("bag_lists.cu")
 THREADS = 256
 
 
-def spread_keys(bags: GlobalBags, global_rows: int, layout: BagLayout, spread: Any) -> None:
+def spread_keys(bags: GlobalBags, global_rows: int, layout: BagLayout, spread: Any, over: Any) -> None:
     """See ``bag_lists.spread_keys``."""
     places = len(spread) // (layout.features * layout.ranks)
+    over.fill(0)
     load(SOURCE, "spread_keys", (("KEY", c_type(bags.keys)),))(
         -(-places // THREADS) * layout.features * layout.ranks, THREADS, bags.keys, bags.offsets,
         np.uint32(global_rows), layout.first_feature, layout.table, np.uint32(layout.ranks), np.uint32(places), spread,
+        over,
     )  # fmt: skip
 
 
@@ -33,8 +35,9 @@ def list_bags(
     shape = (np.uint32(rows), np.int32(tables), layout.vector)
     defines = (("KEY", c_type(bags.keys)),)
     load(SOURCE, "end_bags", defines)(
-        -(-(rows * layout.vectors + 1) // THREADS), THREADS, *batch, *shape, pooled.offsets, shared_bytes=8 * tables
-    )
+        -(-(rows * layout.vectors + 1) // THREADS), THREADS, *batch, *shape,
+        np.int64(layout.features * places), pooled.offsets, shared_bytes=8 * tables,
+    )  # fmt: skip
     weighted, trains = np.int32(len(bags.weights) > 0), np.int32(shares is not None)
     back = pooled if shares is None else shares
     load(SOURCE, "list_bags", defines)(

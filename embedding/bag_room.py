@@ -74,7 +74,8 @@ class BagRoom:
         features: of each table, how many features of one key a row its keys are spread over.
         mean: [W] rows of each owner that a row of the batch takes.
         variance: [W] of that.
-        even: whether a row takes as many keys of every table as it has features, always.
+        lengths: [T] keys of a table that a row of the batch has.
+        spread: [T] variance of that.
         most: rows that a batch asks for; ``None``: not known.
         sigmas: standard deviations above what is expected.
     """
@@ -82,7 +83,8 @@ class BagRoom:
     features: tuple[int, ...]
     mean: Array
     variance: Array
-    even: bool
+    lengths: Array
+    spread: Array
     most: MostRows | None = None
     sigmas: float = SIGMAS
 
@@ -99,11 +101,10 @@ class BagRoom:
             nodes: the ranks of each node, where rows go by node.
             sigmas: standard deviations above what is expected.
         """
-        features, even = [], True
-        for spec, lengths in zip(plan.specs, sample.lengths, strict=True):
-            own = spec.bag_keys or max(1, math.ceil(lengths.mean() if len(lengths) else 1))
-            features.append(own)
-            even = even and bool((lengths == own).all())
+        features, lengths = [], np.zeros((2, len(plan.specs)))
+        for table, (spec, own) in enumerate(zip(plan.specs, sample.lengths, strict=True)):
+            lengths[:, table] = (own.mean(), own.var()) if len(own) else (1, 0)
+            features.append(spec.bag_keys or max(1, math.ceil(lengths[0, table])))
         taken = _rows_taken(plan, sample)
         most = None
         if sample.num_rows >= batch:
@@ -112,11 +113,12 @@ class BagRoom:
                 return most_distinct(plan, sample.by_node(groups, plan.ranks, batch), sigmas)
 
             most = MostRows.measure(plan, sample.keys, nodes, distinct_of, sigmas)
-        return cls(tuple(features), taken.mean(axis=0), taken.var(axis=0), even, most, sigmas)
+        return cls(tuple(features), taken.mean(axis=0), taken.var(axis=0), lengths[0], lengths[1], most, sigmas)
 
     def slots(self, rows: int) -> int:
-        """Places of each feature for ``rows`` rows: a quarter more where bags differ."""
-        return rows if self.even else rows + rows // 4 + 1
+        """Places of each feature for ``rows`` rows of a rank: as many as these have where all bags are full."""
+        keys = rows * self.lengths + self.sigmas * np.sqrt(rows * self.spread)
+        return max(1, int(np.ceil(keys / self.features - 1e-6).max()))
 
     def capacities(self, rows: int, factor: float) -> tuple[int, ...]:
         """How many rows each rank can send to one other in a batch.

@@ -13,6 +13,7 @@ features, S places of each feature of a rank, D columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,12 +23,12 @@ import numpy as np
 from dlrm.config import OptimizerConfig
 from dlrm.device import Array, Device
 from dlrm.errors import DataError
-from embedding.bag_lists import BagLayout, GlobalBags, Pooling, list_bags, spread_keys
+from embedding.bag_lists import BagLayout, GlobalBags, Pooling, list_bags, places_needed, spread_keys
 from embedding.bag_room import BagRoom, offsets_of
 from embedding.batch import check_arrays, check_bag_keys, check_trains
 from embedding.buffers import NO_WEIGHTS, BatchBuffers
 from embedding.captured_exchange import ExchangedEmbedding
-from embedding.captured_placement import MOST_ROWS
+from embedding.captured_placement import MORE, MOST_ROWS
 from embedding.comm import Comm
 from embedding.exchange_buffers import ExchangeBuffers
 from embedding.exchange_route import call
@@ -36,7 +37,7 @@ from embedding.lookup import gather_pool
 from embedding.pair_lists import PairLists
 from embedding.placement import Plan, tables_of_vectors
 from embedding.table import Shard
-from embedding.topology import Topology, start_of
+from embedding.topology import Topology
 from embedding.wire import Precision
 
 
@@ -48,6 +49,7 @@ class BagBuffers(BatchBuffers):
         inner: of its keys, each a row of the exchange.
         everyones: the bags of all ranks; ``offsets`` is part of ``all_offsets``.
         all_offsets: [T * G + 1] int64 of the device, for as many rows as there may be.
+        over: [1] int32 of the device: whether a feature has too few places.
         pooled: how vectors are pooled from rows.
         shares: what each row's gradient comes from; ``None``: forward only.
         tables: T.
@@ -57,6 +59,7 @@ class BagBuffers(BatchBuffers):
     inner: ExchangeBuffers
     everyones: GlobalBags
     all_offsets: Array
+    over: Array
     pooled: Pooling
     shares: Pooling | None
     tables: int
@@ -137,6 +140,7 @@ class ExchangedBags:
         self._zeros = xp.asarray(np.zeros(max(1, vectors), np.int64))
         self._sum = xp.asarray(np.zeros(1, np.bool_))
         self._no_weights = xp.asarray(NO_WEIGHTS)
+        self._more = 1.0  # times as many places as were expected to be enough
 
     # --- what checkpoints ask for
 
@@ -174,8 +178,11 @@ class ExchangedBags:
         offsets = device.zeros(len(self.specs) * capacity * ranks + 1, np.int64)
         return BagBuffers(
             capacity=capacity, vectors=vectors, grad_vectors=grad_vectors, all_offsets=offsets,
-            tables=len(self.specs),
-            **self._of_places(self._room.slots(capacity), capacity, vectors.dtype, trains=grad_vectors is not None),
+            over=device.zeros(1, np.int32), tables=len(self.specs),
+            **self._of_places(
+                math.ceil(self._more * self._room.slots(capacity)), capacity, vectors.dtype,
+                trains=grad_vectors is not None,
+            ),
             everyones=GlobalBags(device.zeros(1, np.int32), offsets[:1], self._no_weights),
         )  # fmt: skip
 
@@ -195,7 +202,7 @@ class ExchangedBags:
         shape = (places, layout.features, self._dim)
         vectors = device.zeros(shape, dtype)
         gradients = device.zeros(shape, dtype) if trains else None
-        capacities = self._room.capacities(capacity, self._exchange.room)
+        capacities = [min(rows, most) for most in self._room.capacities(capacity, self._exchange.room)]
         pooled = Pooling(
             device.zeros(rows, np.int32), device.zeros(layout.vectors * capacity + 1, np.int64), self._no_weights
         )
@@ -204,7 +211,7 @@ class ExchangedBags:
             each = device.xp.arange(rows + 1, dtype=np.int64)
             shares = Pooling(device.zeros(rows, np.int32), each, device.zeros(rows, np.float32))
         return {
-            "inner": self._exchange.buffers(places, vectors, gradients, capacities),
+            "inner": self._exchange.buffers(places, vectors, gradients, tuple(capacities)),
             "pooled": pooled,
             "shares": shares,
         }
@@ -218,20 +225,25 @@ class ExchangedBags:
             weighted: whether they have weights.
             dtype: of the keys.
         """
-        device, inner, pooled = self._device, buffers.inner, buffers.pooled
+        device, room = self._device, max(len(buffers.keys), num_keys)
         buffers.form += 1
-        room = max(len(buffers.keys), num_keys)
         buffers.everyones.keys = device.zeros(room, dtype)
         buffers.everyones.weights = device.zeros(room, np.float32) if weighted else self._no_weights
+        self._fit(buffers)
+
+    def _fit(self, buffers: BagBuffers) -> None:
+        """Have what a batch has by place of the types of its keys."""
+        device, inner, pooled = self._device, buffers.inner, buffers.pooled
+        weighted = len(buffers.weights) > 0
         pooled.weights = device.zeros(len(pooled.keys), np.float32) if weighted else self._no_weights
-        if inner.keys.dtype != dtype:
-            inner.keys = device.zeros(inner.keys.shape, dtype)
+        if inner.keys.dtype != buffers.keys.dtype:
+            inner.keys = device.zeros(inner.keys.shape, buffers.keys.dtype)
 
     def take_bags(self, own: Jagged, everyones: Jagged, buffers: BagBuffers) -> None:
         """Copy a batch of bags from the host, outside of any capture.
 
-        Of a batch that needs more room than there is, the arrays are made anew, on all ranks alike, and ``form`` counts
-        on.
+        For a batch of more keys than there is room for, arrays are made anew, on all ranks alike, and ``form`` counts
+        on. A batch whose features have too few places has to be run again, as one whose lists are too short.
 
         Args:
             own: this rank's.
@@ -239,19 +251,11 @@ class ExchangedBags:
             buffers: the batch's.
 
         Raises:
-            DataError: a bag of a table whose vectors are not pooled holds another number of keys than all, or there
-                are more keys than can be numbered.
+            DataError: a bag of a table whose vectors are not pooled holds another number of keys than all.
         """
         check_bag_keys(own, self.specs, f"rank {self.comm.rank}: ")
         device, count, weighted = self._device, len(everyones.keys), everyones.weights is not None
         offsets = offsets_of(everyones)
-        most = self._places_of(offsets, everyones.num_rows)
-        if most > buffers.places:
-            trains = buffers.grad_vectors is not None
-            made_anew = self._of_places(most + most // 4, buffers.capacity, buffers.vectors.dtype, trains=trains)
-            for name, made in made_anew.items():
-                setattr(buffers, name, made)
-            buffers.everyones.weights = self._no_weights  # so that all is made
         form = (len(buffers.weights) > 0, buffers.keys.dtype)
         if form != (weighted, everyones.keys.dtype) or count > len(buffers.keys):
             self.make_bags(buffers, count + count // 4 + 1, weighted=weighted, dtype=everyones.keys.dtype)
@@ -261,22 +265,15 @@ class ExchangedBags:
         if weighted:
             device.upload(everyones.weights, buffers.weights[:count])
 
-    def _places_of(self, offsets: Array, rows: int) -> int:
-        """The places that a batch needs of its features."""
-        ranks, tables = self.comm.size, len(self.specs)
-        starts = np.array([start_of(rows, ranks, rank) for rank in range(ranks + 1)])
-        ends = offsets[np.arange(tables)[:, None] * rows + starts]
-        most = np.diff(ends, axis=1).max(axis=1, initial=0)
-        return int((-(-most // np.array(self._room.features))).max(initial=1))
-
     def input_dist(self, buffers: BagBuffers, rows: int, global_rows: int) -> None:
         """See ``ExchangedEmbedding``; the bags lie in ``buffers``."""
         buffers.num_rows, buffers.global_rows = rows, global_rows
         bags, layout, inner = buffers.everyones, self._layout, buffers.inner
         spread = inner.keys[: buffers.places * layout.features * layout.ranks]
-        call(self._device, spread_keys, bags, global_rows, layout, spread)
+        call(self._device, spread_keys, bags, global_rows, layout, spread, buffers.over)
         call(self._device, list_bags, bags, global_rows, layout, buffers.places, buffers.pooled, buffers.shares)
-        self._exchange.input_dist(buffers.inner, buffers.places, buffers.places * self.comm.size)
+        self._exchange.input_dist(inner, buffers.places, buffers.places * self.comm.size)
+        self._device.xp.bitwise_or(inner.lists.flag, buffers.over, out=inner.lists.flag)
 
     def lookup(self, buffers: BagBuffers) -> None:
         """Put the rows that others ask for side by side, and those that lie here where they are pooled."""
@@ -316,16 +313,30 @@ class ExchangedBags:
         self._exchange.sparse_update(buffers.inner, scalars, guard)
 
     def make_room(self, buffers: BagBuffers) -> None:
-        """See ``ExchangedEmbedding``."""
+        """See ``ExchangedEmbedding``; also of places."""
         self._exchange.make_room(buffers.inner)
+        if (needed := self._places_needed(buffers)) > buffers.places:
+            self._more = max(self._more, MORE * needed / self._room.slots(buffers.capacity))
 
     def exact(self, buffers: BagBuffers, rows: int, global_rows: int) -> BagBuffers:
-        """See ``ExchangedEmbedding``."""
-        places = buffers.places
-        inner = self._exchange.exact(buffers.inner, places, places * self.comm.size)
-        made = replace(buffers, inner=inner)
+        """See ``ExchangedEmbedding``; also of places."""
+        made = replace(buffers)
+        if (needed := self._places_needed(buffers)) > buffers.places:
+            trains = buffers.grad_vectors is not None
+            made = replace(
+                buffers, **self._of_places(needed, buffers.capacity, buffers.vectors.dtype, trains=trains)
+            )  # fmt: skip
+            self._fit(made)
+            self.input_dist(made, rows, global_rows)
+        places = made.places
+        made.inner = self._exchange.exact(made.inner, places, places * self.comm.size)
         made.num_rows, made.global_rows = rows, global_rows
         return made
+
+    def _places_needed(self, buffers: BagBuffers) -> int:
+        host = self._device.to_host
+        layout = replace(self._layout, first_feature=host(self._layout.first_feature))
+        return places_needed(host(buffers.offsets), buffers.global_rows, layout)
 
     def raise_overflow(self, buffers: BagBuffers, guard: Array) -> None:
         """See ``ExchangedEmbedding``."""

@@ -150,7 +150,8 @@ class ExchangedGroup(HeldTables):
         Args:
             buffers: after ``input_dist``; they stay as they are.
         """
-        self.room *= longer(self._device.to_host(buffers.lists.totals), buffers.lists.capacities)
+        times = longer(self._device.to_host(buffers.lists.totals), buffers.lists.capacities)
+        self.room = max(self.room, buffers.factor * times)
 
     def exact(self, buffers: GroupBuffers, rows: int, global_rows: int) -> GroupBuffers:
         """The same batch with lists of the length that it needs, after ``input_dist``; the host waits for most.
@@ -195,7 +196,7 @@ class ExchangedGroup(HeldTables):
         )
         buffers = GroupBuffers(
             capacity=capacity, vectors=vectors, grad_vectors=grad_vectors, keys=keys, lists=lists,
-            route=self._route(lists, vectors.dtype, most, trains=trains),
+            route=self._route(lists, vectors.dtype, most, trains=trains), factor=self.room,
         )  # fmt: skip
         if self._with_lists:
             buffers.places = device.zeros(len(keys), np.int64 if self._frequent.wide else np.int32)

@@ -29,7 +29,7 @@ SIGMAS = 10.0
 MOST_ROWS = 2**31 - 1
 """Rows and places are numbered by 32-bit integers."""
 
-_MORE = 1.25
+MORE = 1.25
 """How many times as long lists are made as one that ran over would have had to be."""
 
 _PADDING = "(padding)"
@@ -252,7 +252,7 @@ def longer(totals: Array, capacities: Sequence[int]) -> float:
         capacities: of each owner.
     """
     needed = totals.max(axis=1).tolist()
-    return float(_MORE * max(1.0, *(rows / max(1, had) for rows, had in zip(needed, capacities, strict=True))))
+    return float(MORE * max(1.0, *(rows / max(1, had) for rows, had in zip(needed, capacities, strict=True))))
 
 
 def node_rows(plan: Plan, keys: Array, nodes: Sequence[Sequence[int]], sigmas: float = SIGMAS) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ class GroupBuffers(BatchBuffers):
         touched: the replicated rows whose gradients are summed over the ranks; ``None``: all.
         guard: what ``update`` is told of the guard.
         exact: lists are as long as they have to be.
+        factor: how many times as long as expected to be enough they were made.
     """
 
     keys: Array
@@ -47,6 +48,7 @@ class GroupBuffers(BatchBuffers):
     touched: TouchedRows | None = None
     guard: Array = None
     exact: bool = False
+    factor: float = 1.0
     places: Array = None
 
     @property

@@ -321,8 +321,6 @@ def join_captured(
     cut = any(placement.kind == "column_wise" for placement in plan.placements)
     no_room = carrier.comm is not None and (cut or deduplicates(plan) or plan.all_to_all == "hierarchical")
     layout = dataset.layout
-    if carrier.comm is not None and layout is not None and layout.missing:
-        layout = None  # how many places keys need has to be known before they are exchanged: the host decodes them
     fused_train = (
         layout is not None
         and layout.plain

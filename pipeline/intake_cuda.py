@@ -96,10 +96,10 @@ class Intake:
             return
         # Exchanged bags are pooled or taken apart where they have come to.
         turned = isinstance(embedding, CapturedEmbedding)
-        vectors = [spec.num_vectors if turned else 1 for spec in embedding.specs]
-        self._columns = KeyColumns.of(layout, vectors, device)
+        self._columns = KeyColumns.of(layout, embedding.specs, device, turned=turned)
         self._bags = {"weighted": layout.weighted}
         if turned:
+            vectors = [spec.num_vectors for spec in embedding.specs]
             self._bags["bags"] = layout.missing or layout.weighted or list(layout.hotness) != vectors
 
     def room(self, flight: Flight, batch_rows: int) -> Records | Decoded:

@@ -41,9 +41,9 @@ struct Tile {
   }
 };
 
-// Whether a key stands there; a table whose keys have a vector each has to have them all.
-DEVICE bool is_there(const uint32* stored, bool turned) {
-  return BAGS < 2 || turned || stored[0] != 0xFFFFFFFFu || (WIDE && stored[WIDE] != 0xFFFFFFFFu);
+// Whether a key stands there; where bags have to be full, always.
+DEVICE bool is_there(const uint32* stored, bool full) {
+  return BAGS < 2 || full || stored[0] != 0xFFFFFFFFu || (WIDE && stored[WIDE] != 0xFFFFFFFFu);
 }
 
 // The number of a key; one outside its table is 0 and a fault. As an unsigned number a negative key is out of range too.
@@ -56,13 +56,12 @@ DEVICE int checked(const uint32* stored, int limit, int64 record, int* fault) {
 }
 
 // lengths[t, row] = keys of the tile's bags, behind its records.
-DEVICE int* count_tile(const Tile& tile, int first_key, int num_tables, const int* column, const int* vector) {
+DEVICE int* count_tile(const Tile& tile, int first_key, int num_tables, const int* column, const int* full) {
   int* lengths = reinterpret_cast<int*>(tile.words + ROWS * tile.pitch);
   for (int i = threadIdx.x; i < tile.rows * num_tables; i += THREADS) {
     const int table = i / tile.rows, row = i - table * tile.rows;
-    const bool turned = vector[table + 1] - vector[table] > 1;
     int length = 0;
-    for (int c = column[table]; c < column[table + 1]; ++c) length += is_there(tile.key(row, first_key, c), turned);
+    for (int c = column[table]; c < column[table + 1]; ++c) length += is_there(tile.key(row, first_key, c), full[table]);
     lengths[table * ROWS + row] = length;
   }
   __syncthreads();
@@ -72,11 +71,11 @@ DEVICE int* count_tile(const Tile& tile, int first_key, int num_tables, const in
 // counts[t, block] = keys of table t in the block's records.
 KERNEL void __launch_bounds__(THREADS) count_keys(
     const uint32* __restrict__ records, const int64* __restrict__ index, int64 num_rows, int row_words, int first_key,
-    int num_tables, const int* __restrict__ column, const int* __restrict__ vector, uint32* __restrict__ counts) {
+    int num_tables, const int* __restrict__ column, const int* __restrict__ full, uint32* __restrict__ counts) {
   DYNAMIC_SHARED(memory);
   Tile tile(memory, row_words, num_rows);
   tile.load(records, index, row_words);
-  const int* lengths = count_tile(tile, first_key, num_tables, column, vector);
+  const int* lengths = count_tile(tile, first_key, num_tables, column, full);
   for (int table = threadIdx.x; table < num_tables; table += THREADS) {
     uint32 count = 0;
     for (int row = 0; row < tile.rows; ++row) count += lengths[table * ROWS + row];
@@ -102,8 +101,8 @@ struct Keys {
 
 KERNEL void __launch_bounds__(THREADS) split_records(
     const uint32* __restrict__ records, const int64* __restrict__ index, int64 num_rows, int row_words, int first_key,
-    int num_tables, const int* __restrict__ column, const int* __restrict__ vector, int64 first, int64 own,
-    int num_dense, int dense_columns, const int* __restrict__ table_rows, const uint32* __restrict__ counts,
+    int num_tables, const int* __restrict__ column, const int* __restrict__ full, int64 first, int64 own, int num_dense,
+    int dense_columns, const int* __restrict__ vector, const int* __restrict__ table_rows, const uint32* __restrict__ counts,
     const uint32* __restrict__ totals, float* __restrict__ labels, NUMBER* __restrict__ dense, int* __restrict__ keys,
     int64* __restrict__ offsets, int with_offsets, float* __restrict__ weights, int* __restrict__ fault) {
   DYNAMIC_SHARED(memory);
@@ -144,7 +143,7 @@ KERNEL void __launch_bounds__(THREADS) split_records(
   const int key_columns = column[num_tables];
   const Keys out = {keys, weights, tile.words + first_key + key_columns * (WIDE ? 2 : 1), fault};
 #if BAGS == 2
-  int* lengths = count_tile(tile, first_key, num_tables, column, vector);
+  int* lengths = count_tile(tile, first_key, num_tables, column, full);
   for (int table = threadIdx.x; table < num_tables; table += THREADS) {
     int sum = 0;  // lengths become where the bags begin
     for (int row = 0; row < rows; ++row) {
@@ -170,7 +169,7 @@ KERNEL void __launch_bounds__(THREADS) split_records(
         own_offsets[begin + row] = at;
         for (int c = first_column; c < first_column + width; ++c) {
           const uint32* stored = tile.key(row, first_key, c);
-          if (is_there(stored, false)) out.put(tile, row, stored, c, limit, at++);
+          if (is_there(stored, full[table])) out.put(tile, row, stored, c, limit, at++);
         }
       }
       table_begin = next;

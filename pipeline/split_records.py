@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dlrm.device import Array, Device
+from embedding.placement import TableSpec
 from pipeline.formats.record_files import RecordLayout
 
 _SHARED_BYTES = 32 * 1024
@@ -29,15 +30,17 @@ class KeyColumns:
         column: [T + 1] int32: first key column of each table, and H.
         vector: [T + 1] int32: first vector of each table, and L; several where each key has one of its own
             (``concat``): such a table's keys are written key by key ([H_t, G]), those of others row by row.
+        full: [T] int32: 1 where no key may be missing.
     """
 
     table_rows: Array
     column: Array
     vector: Array
+    full: Array
 
     @classmethod
-    def of(cls, layout: RecordLayout, vectors: Sequence[int], device: Device) -> KeyColumns:
-        """Those of a layout's tables, which have so many vectors of a row."""
+    def of(cls, layout: RecordLayout, specs: Sequence[TableSpec], device: Device, *, turned: bool) -> KeyColumns:
+        """Those of a layout's tables; unless they are ``turned``, the keys of all are written row by row."""
 
         def words(numbers: Sequence[int]) -> Any:
             return device.upload(np.array(numbers, np.int32), device.empty(len(numbers), np.int32))
@@ -45,7 +48,9 @@ class KeyColumns:
         def starts(counts: Sequence[int]) -> Any:
             return words(np.cumsum([0, *counts]).tolist())
 
-        return cls(words(layout.table_rows), starts(layout.hotness), starts(vectors))
+        vectors = [spec.num_vectors if turned else 1 for spec in specs]
+        full = [int(spec.bag_keys is not None) for spec in specs]
+        return cls(words(layout.table_rows), starts(layout.hotness), starts(vectors), words(full))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +145,7 @@ def _split_keys(chosen: Array, layout: RecordLayout, columns: KeyColumns, out: S
         part = slice(int(columns.column[table]), int(columns.column[table + 1]))
         turned = columns.vector[table + 1] - columns.vector[table] > 1
         own = stored[:, part]
-        there = (own != -1) | (turned or not layout.missing)
+        there = (own != -1) | bool(columns.full[table] or not layout.missing)
         outside = there & ((own < 0) | (own >= columns.table_rows[table]))
         own[outside] = 0
         wrong |= outside.any(axis=1)

@@ -50,13 +50,19 @@ def split_records(
         ("WEIGHTED", int(layout.weighted)),
     )
     source = (records, records if index is None else index, np.int64(num_rows))
-    place = (np.int32(layout.words), np.int32(layout.first_key), np.int32(tables), columns.column, columns.vector)
+    place = (np.int32(layout.words), np.int32(layout.first_key), np.int32(tables), columns.column, columns.full)
     shared = 4 * rows * (pitch + tables * layout.missing)
     counts, totals = out.room[: tables * blocks], out.room[tables * blocks :]
     if layout.missing:
         load(SOURCE, "count_keys", defines)(blocks, THREADS, *source, *place, counts, shared_bytes=shared)
         add_counts(tables, blocks, counts, totals, _ADDING)
-    shape = (np.int64(own.start), np.int64(own.stop - own.start), np.int32(layout.num_dense), np.int32(dense.shape[1]))
+    shape = (
+        np.int64(own.start),
+        np.int64(own.stop - own.start),
+        np.int32(layout.num_dense),
+        np.int32(dense.shape[1]),
+        columns.vector,
+    )
     load(SOURCE, "split_records", defines)(
         blocks, THREADS, *source, *place, *shape, columns.table_rows, counts, totals, labels, dense, out.keys,
         out.offsets, np.int32(len(out.offsets) > 0), out.weights, fault, shared_bytes=shared,

@@ -33,12 +33,12 @@ def layout_on(machine: Any, ranks: int, rank: int) -> BagLayout:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "rank", "rows", "key_dtype", "weighted", "trains"),
-    [(2, 1, 300, np.int32, True, True), (3, 0, 100, np.int64, False, True), (2, 0, 40, np.int32, True, False),
-     (4, 3, 3, np.int32, False, True)],
+    ("ranks", "rank", "rows", "key_dtype", "weighted", "trains", "room"),
+    [(2, 1, 300, np.int32, True, True, 2), (3, 0, 100, np.int64, False, True, 2), (2, 0, 40, np.int32, True, False, 2),
+     (4, 3, 3, np.int32, False, True, 2), (2, 1, 90, np.int32, True, True, 0.5)],
 )  # fmt: skip
 def test_keys_are_where_the_reference_has_them(
-    machine: Any, ranks: int, rank: int, rows: int, key_dtype: Any, weighted: bool, trains: bool, seed: int
+    machine: Any, ranks: int, rank: int, rows: int, key_dtype: Any, weighted: bool, trains: bool, room: float, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     lengths = [
@@ -48,7 +48,7 @@ def test_keys_are_where_the_reference_has_them(
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
     keys = rng.integers(0, 500, int(offsets[-1]) + 5).astype(key_dtype)
     weights = rng.standard_normal(len(keys) if weighted else 0).astype(np.float32)
-    places = 2 * share_of(rows, ranks, 0) + 1
+    places = int(room * share_of(rows, ranks, 0)) + 1
     found = []
     for where in (machine, Host):
         layout = layout_on(where, ranks, rank)
@@ -65,12 +65,16 @@ def test_keys_are_where_the_reference_has_them(
         )  # fmt: skip
         module: Any = bag_lists_cuda if where is machine else None
         spreading, listing = (module.spread_keys, module.list_bags) if module else (spread_keys, list_bags)
-        spreading(bags, rows, layout, spread)
+        over = where.array(np.full(1, 5, np.int32))
+        spreading(bags, rows, layout, spread, over)
         listing(bags, rows, layout, places, pooled, shares if trains else None)
-        arrays = (spread, pooled.keys, pooled.offsets, pooled.weights, shares.keys, shares.weights)
+        arrays = (spread, pooled.keys, pooled.offsets, pooled.weights, shares.keys, shares.weights, over)
         found.append([where.host(array) for array in arrays])
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one, other)
+    assert found[0][-1][0] == (room < 1)
+    if room < 1:
+        return
     count = int(found[0][2][-1])
     assert sorted(set(found[0][1][:count])) == sorted(found[0][1][:count])  # every key has a place of its own
     assert (found[0][0] >= 0).sum() == offsets[-1]

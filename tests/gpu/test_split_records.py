@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dlrm.device import HostDevice
+from embedding.placement import TableSpec
 from pipeline import split_records_cuda
 from pipeline.formats.record_files import RecordLayout
 from pipeline.split_records import KeyColumns, SplitKeys, counting_room, split_records
@@ -25,6 +26,7 @@ class Form:
     key_words: int = 1
     indexed: bool = False
     concat: bool = False
+    turned: bool = True
 
     def layout(self) -> RecordLayout:
         hotness = HOTNESS if self.bags else (1,) * len(HOTNESS)
@@ -58,6 +60,7 @@ FORMS = {
     "concat, wide, picked": Form(concat=True, key_words=2, indexed=True),
     "weighted": Form(weighted=True),
     "missing": Form(missing=True, concat=True),
+    "missing, concat row by row": Form(missing=True, concat=True, turned=False),
     "missing, weighted, wide": Form(missing=True, weighted=True, key_words=2),
 }
 
@@ -67,12 +70,18 @@ class Split:
 
     def __init__(self, machine: Any, form: Form, count: int, own: slice) -> None:
         self.form, self.layout, self.own = form, form.layout(), own
-        vectors = [
-            hotness if form.concat and table == CONCAT else 1 for table, hotness in enumerate(self.layout.hotness)
+        pooling = ["concat" if form.concat and table == CONCAT else "sum" for table in range(len(HOTNESS))]
+        specs = [
+            TableSpec(name=str(table), rows=rows, dim=4, hotness=hotness, pooling=pooling[table])  # type: ignore[arg-type]
+            for table, (rows, hotness) in enumerate(zip(TABLE_ROWS, self.layout.hotness, strict=True))
         ]
-        places, keys = count * sum(vectors), count * sum(self.layout.hotness)
-        host = KeyColumns.of(self.layout, vectors, HostDevice())
-        self.columns = KeyColumns(*(machine.array(getattr(host, name)) for name in ("table_rows", "column", "vector")))
+        host, keys = (
+            KeyColumns.of(self.layout, specs, HostDevice(), turned=form.turned),
+            sum(self.layout.hotness) * count,
+        )
+        places = int(host.vector[-1]) * count
+        names = ("table_rows", "column", "vector", "full")
+        self.columns = KeyColumns(*(machine.array(getattr(host, name)) for name in names))
         self.labels = machine.array(np.full(count, np.nan, np.float32))
         self.dense = machine.array(np.full((count, COLUMNS), np.nan, np.float32))
         self.out = SplitKeys(
@@ -126,7 +135,7 @@ def test_a_gpu_takes_records_apart_as_the_reference(machine: Any, name: str, cou
     *_, offsets, _, fault = found
     assert fault[0] == 0
     if form.missing:
-        assert offsets[-1] < taken * sum(HOTNESS)
+        assert offsets[-1] < taken * sum(HOTNESS) or count == 1
         assert (np.diff(offsets) == 0).any() or count == 1
     elif not form.concat and form.bags:
         lengths = np.repeat(HOTNESS, taken)
@@ -141,6 +150,7 @@ def test_a_gpu_takes_records_apart_as_the_reference(machine: Any, name: str, cou
         ("bags", 1 + NUM_DENSE, 0xFFFFFFFF),
         ("missing", 1 + NUM_DENSE + sum(HOTNESS) - 1, 0xFFFFFFFF),
         ("missing", 1 + NUM_DENSE + 1, 0xFFFFFFFE),
+        ("missing, concat row by row", 1 + NUM_DENSE + sum(HOTNESS) - 1, 0xFFFFFFFF),
         ("weighted", -1, 0x7FC00000),
     ],
 )
