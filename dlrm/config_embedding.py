@@ -68,13 +68,19 @@ class TableConfig:
     """Where the rows lie; ``None``: as ``embedding.placement`` says."""
     threshold: CountInt | None = None
     """``hybrid``: rows below it are replicated; ``None``: the plan chooses. 0 is ``row_wise``, all ``replicated``."""
+    deduplicate: bool | None = None
+    """Send each distinct row once; ``None``: as ``embedding.deduplicate`` says."""
 
     def __post_init__(self) -> None:
-        """Check that a threshold has a placement that uses it.
+        """Check that a threshold and a de-duplication have a placement that uses them.
 
         Raises:
-            ConfigError: it has not.
+            ConfigError: one has not.
         """
+        if self.deduplicate and self.placement in ("column_wise", "replicated"):
+            raise ConfigError(
+                f"deduplicate: true, but placement is {self.placement}, which sends no rows; leave one of them out"
+            )
         if self.threshold is not None and self.placement != "hybrid":
             raise ConfigError(
                 f"threshold: {self.threshold}, but placement is {self.placement or 'not set'}; "

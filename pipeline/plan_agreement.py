@@ -22,7 +22,15 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.dataset import Dataset
 from pipeline.frequency_orders import FrequencyOrders, FrequentLists, may_list, saved_lists
 from pipeline.loader import Loader
-from pipeline.planning import calibrate, forced_placements, memory_limit_bytes, plan_several, plan_tables, table_specs
+from pipeline.planning import (
+    calibrate,
+    forced_placements,
+    memory_limit_bytes,
+    obeys,
+    plan_several,
+    plan_tables,
+    table_specs,
+)
 
 LINKS_NAME = "links.json"
 _TRIAL_BATCHES = 2
@@ -40,11 +48,11 @@ def agree_plan(
 ) -> tuple[Plan, FrequentLists]:
     """The plan of a run, and the frequent rows of tables that are not numbered by frequency (collective).
 
-    A resumed run keeps plan and lists of its checkpoint where ranks, nodes and tables are the same, so that it goes on
-    bit for bit. Otherwise rank 0 counts the first batches and decides, by link rates that are measured where they are
-    not yet known in the run's folder; where kinds of plans are predicted to be about as fast, some steps of each are
-    timed. Measured times differ from run to run, and with them plans and the order of sums: with ``deterministic``
-    nothing is measured, and rates that are supposed of any machine decide.
+    A resumed run keeps plan and lists of its checkpoint where ranks, nodes and tables are the same and nothing else is
+    forced now, so that it goes on bit for bit. Otherwise rank 0 counts the first batches and decides, by link rates
+    that are measured where they are not yet known in the run's folder; where kinds of plans are predicted to be about
+    as fast, some steps of each are timed. Measured times differ from run to run, and with them plans and the order of
+    sums: with ``deterministic`` nothing is measured, and rates that are supposed of any machine decide.
 
     Args:
         config: of the run.
@@ -63,7 +71,8 @@ def agree_plan(
     specs = tuple(table_specs(config, dataset.tables))
     if saved is not None and "plan" in saved.meta:
         plan = plan_from_values(saved.meta["plan"])
-        if (plan.ranks, plan.nodes, plan.specs) == (comm.size, topology.num_nodes, specs):
+        same = (plan.ranks, plan.nodes, plan.specs) == (comm.size, topology.num_nodes, specs)
+        if same and obeys(plan, config, dataset.tables):
             return plan, saved_lists(saved, plan)
     if comm.size == 1:
         room = None if local_ranks is None else memory_limit_bytes(config, local_ranks)
@@ -138,9 +147,9 @@ def _copied(keys: Jagged) -> Jagged:
 
 def leaves_places(config: RunConfig, dataset: Dataset) -> bool:
     """Whether a table's placement, or a threshold, is left to the plan."""
-    forced = forced_placements(config, dataset.tables)
-    thresholds = any(choice.kind == "hybrid" and choice.threshold is None for choice in forced.values())
-    return len(forced) < len(dataset.tables) or thresholds
+    forced = forced_placements(config, dataset.tables).values()
+    open_ = any(rule.kind is None or (rule.kind == "hybrid" and rule.threshold is None) for rule in forced)
+    return len(forced) < len(dataset.tables) or open_
 
 
 def replicates(config: RunConfig, dataset: Dataset) -> bool:

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from dlrm.config import RunConfig
 from dlrm.device import Device
-from dlrm.errors import ConfigError
 from embedding.bag_room import BagRoom, BagSample
 from embedding.captured_placement import SIGMAS, MostRows, node_rows, owner_shares
 from embedding.column_groups import check_placements
@@ -25,7 +24,15 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.dataset import Dataset
 from pipeline.frequency_orders import FrequencyOrders, FrequentLists, may_list, saved_lists
 from pipeline.plan_agreement import leaves_places, link_rates
-from pipeline.planning import calibrate, first_batches, memory_limit_bytes, plan_several, plan_tables, table_specs
+from pipeline.planning import (
+    calibrate,
+    first_batches,
+    memory_limit_bytes,
+    obeys,
+    plan_several,
+    plan_tables,
+    table_specs,
+)
 
 _MEMORY_FOR_TABLES = 0.8
 """Of what a GPU has free: batches in flight need some."""
@@ -71,7 +78,7 @@ def agree_captured_plan(
     if saved is not None and "plan" in saved.meta:
         plan = plan_from_values(saved.meta["plan"])
         same = (plan.ranks, plan.nodes, plan.specs) == (comm.size, topology.num_nodes, specs)
-        if same and _is_captured(plan, config):
+        if same and obeys(plan, config, dataset.tables, captured=True):
             return plan, saved_lists(saved, plan)
     limit = np.array([_memory_limit(config, device, sharing, local_ranks)], np.int64)
     comm.all_reduce(limit, "min").wait()
@@ -102,19 +109,6 @@ def agree_captured_plan(
     plans = plans_on_first_rank(comm, make)
     orders.share(plans, comm)
     return plans[0], orders.lists_of(plans[0])
-
-
-def _is_captured(plan: Plan, config: RunConfig) -> bool:
-    """Whether GPUs can follow a checkpoint's plan, which CPUs may have made."""
-    once = config.embedding.deduplicate is True
-    travel = [placement for placement in plan.placements if placement.kind not in ("replicated", "column_wise")]
-    if any(placement.deduplicate != once for placement in travel):
-        return False
-    try:
-        check_placements(plan.specs, plan.placements)
-    except ConfigError:
-        return False
-    return True
 
 
 def _memory_limit(config: RunConfig, device: Device, sharing: int, local_ranks: int) -> int:

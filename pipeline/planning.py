@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from dlrm.config import RunConfig
+from dlrm.config_embedding import TableConfig
 from dlrm.errors import ConfigError
 from embedding.frequency import Frequency, RowCounts
 from embedding.links import DEFAULT, LinkRates
 from embedding.placement import places_of
-from embedding.plan import Forced, Plan, TableSpec, make_plans
+from embedding.plan import Forced, Plan, TableSpec, allowed_placements, make_plans
 from pipeline.dataset import Dataset
 from pipeline.host_memory import available_memory
 from pipeline.loader import Loader
@@ -132,15 +133,56 @@ def forced_placements(config: RunConfig, tables: Sequence[TableInfo]) -> dict[st
         raise ConfigError(
             f"embedding.tables.{unknown[0]}: the data has no such table; it has {', '.join(sorted(known))}"
         )
-    everywhere = config.embedding.placement
+    everywhere = None if config.embedding.placement == "auto" else config.embedding.placement
     forced = {}
     for table in tables:
-        own = config.embedding.tables.get(table.name)
-        if own is not None and own.placement is not None:
-            forced[table.name] = Forced(kind=own.placement, threshold=own.threshold)
-        elif everywhere != "auto":
-            forced[table.name] = Forced(kind=everywhere)
+        own = config.embedding.tables.get(table.name, TableConfig())
+        rule = Forced(kind=own.placement or everywhere, threshold=own.threshold, deduplicate=own.deduplicate)
+        if rule != Forced():
+            forced[table.name] = rule
     return forced
+
+
+def _switch(config: RunConfig, *, captured: bool) -> bool | None:
+    """De-duplication of tables that do not say otherwise; ``None``: the plan chooses.
+
+    Raises:
+        ConfigError: GPUs are to do it for some tables alone.
+    """
+    switch = None if config.embedding.deduplicate == "auto" else config.embedding.deduplicate
+    if not captured:
+        return switch
+    for name, table in config.embedding.tables.items():
+        if table.deduplicate not in (None, switch is True):
+            raise ConfigError(
+                f"embedding.tables.{name}.deduplicate: {str(table.deduplicate).lower()}, but GPUs send rows of all "
+                "tables in one exchange; set embedding.deduplicate for all of them"
+            )
+    return switch is True
+
+
+def obeys(plan: Plan, config: RunConfig, tables: Sequence[TableInfo], *, captured: bool = False) -> bool:
+    """Whether a plan that was made before has all placements and the exchange as the config allows them.
+
+    Args:
+        plan: such as a checkpoint's, of these tables.
+        config: of the run.
+        tables: of its data.
+        captured: the ranks are GPUs.
+
+    Raises:
+        ConfigError: something forced cannot be.
+    """
+    switch = _switch(config, captured=captured)
+    if plan.nodes > 1 and config.embedding.all_to_all not in ("auto", plan.all_to_all):
+        return False
+    forced = forced_placements(config, tables)
+    for spec, placement in zip(plan.specs, plan.placements, strict=True):
+        rule = forced.get(spec.name, Forced())
+        bare = replace(placement, owner=0, owners=tuple(range(len(placement.owners))), listed=False)
+        if bare not in allowed_placements(spec, rule, switch, plan.ranks, config.table_optimizer, captured=captured):
+            return False
+    return True
 
 
 def memory_limit_bytes(config: RunConfig, local_ranks: int) -> int:
@@ -211,6 +253,7 @@ def plan_several(
     embedding = config.embedding
     itemsize = ITEMSIZES[config.table_precision]
     exchanged = EXCHANGE_BYTES[embedding.exchange_precision]
+    switch = _switch(config, captured=captured)
     if captured:
         exchanged = min(ITEMSIZES[config.precision], exchanged or 4)
     if memory_limit is None and embedding.memory_limit_mib is not None:
@@ -231,7 +274,7 @@ def plan_several(
         weighted=known.weighted,
         links=links,
         memory_limit_bytes=memory_limit,
-        deduplicate=embedding.deduplicate is True if captured else embedding.deduplicate,
+        deduplicate="auto" if switch is None else switch,
         all_to_all=embedding.all_to_all,
         captured=captured,
     )

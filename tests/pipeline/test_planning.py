@@ -83,6 +83,58 @@ def test_what_the_config_forces_is_obeyed(dataset: Dataset) -> None:
     assert [spec.pooling for spec in plan.specs] == ["sum", "mean", "sum"]
 
 
+def test_a_tables_de_duplication_can_be_forced(dataset: Dataset) -> None:
+    first, second, third = (table.name for table in dataset.tables)
+    tables = {
+        first: {"placement": "row_wise", "deduplicate": True},
+        second: {"placement": "row_wise", "deduplicate": False},
+        third: {"deduplicate": True},
+    }
+    known = planning.calibrate(config_of(dataset), dataset)
+    for other in (True, False):
+        config = config_of(dataset, deduplicate=other, tables=tables)
+        plan = planning.plan_tables(config, dataset.tables, ranks=4, calibration=known)
+        assert [placement.deduplicate for placement in plan.placements[:2]] == [True, False]
+        left = plan.placements[2]
+        assert left.deduplicate or left.kind in ("column_wise", "replicated")
+        with pytest.raises(ConfigError, match=r"embedding.tables.*deduplicate: .* one exchange; set embedding.dedup"):
+            planning.plan_tables(config, dataset.tables, ranks=4, calibration=known, captured=True)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_plan_is_kept_as_long_as_the_config_allows_it(dataset: Dataset, captured: bool) -> None:
+    names = [table.name for table in dataset.tables]
+    hybrid = {names[0]: {"placement": "hybrid", "threshold": 7}}
+    free, forced, once, by_node = (
+        config_of(dataset, **rules)
+        for rules in (
+            {},
+            {"placement": "row_wise", "deduplicate": False, "tables": hybrid},
+            {"placement": "row_wise", "deduplicate": True, "tables": hybrid},
+            {"placement": "row_wise", "deduplicate": False, "tables": hybrid, "all_to_all": "hierarchical"},
+        )
+    )
+    moved = config_of(
+        dataset, placement="row_wise", deduplicate=False, tables={names[0]: {**hybrid[names[0]], "threshold": 8}}
+    )
+    for config in (free, forced, once, by_node, moved):
+        known = planning.calibrate(config, dataset)
+        shape = {"ranks": 4, "nodes": 2, "calibration": known, "captured": captured}
+        for plan in planning.plan_several(config, dataset.tables, **shape):
+            listed = replace(plan, placements=tuple(replace(p, listed=p.kind == "hybrid") for p in plan.placements))
+            for own in (plan, listed):
+                assert planning.obeys(own, config, dataset.tables, captured=captured)
+    [flat] = planning.plan_several(
+        config_of(dataset, placement="row_wise", deduplicate=False, tables=hybrid, all_to_all="flat"),
+        dataset.tables,
+        **shape,
+    )
+    kept = [
+        planning.obeys(flat, config, dataset.tables, captured=captured) for config in (forced, once, by_node, moved)
+    ]
+    assert kept == [True, False, False, False]
+
+
 def test_a_plan_for_gpus_counts_what_they_send(dataset: Dataset) -> None:
     """No keys, every occurrence of a row, gradients of touched or all replicated rows; no table cut by columns."""
     config = config_of(dataset)
@@ -164,6 +216,10 @@ def test_a_table_that_is_not_there_is_refused(dataset: Dataset) -> None:
     [
         ({"tables": {"C1": {"threshold": 3}}}, "threshold: 3, but placement is not set"),
         ({"tables": {"C1": {"threshold": 3, "placement": "row_wise"}}}, "threshold: 3, but placement is row_wise"),
+        (
+            {"tables": {"C1": {"placement": "column_wise", "deduplicate": True}}},
+            "deduplicate: true, but placement is column_wise",
+        ),
         ({"placement": "diagonal"}, "embedding.placement"),
         ({"exchange_precision": "fp8"}, "embedding.exchange_precision"),
         ({"memory_limit_mib": 0}, "embedding.memory_limit_mib"),

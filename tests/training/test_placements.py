@@ -119,6 +119,7 @@ def test_a_run_goes_on_with_other_ranks_and_another_placement(alone, run_engine)
     steps = {"epochs": 2, "progress_every": 1}
     for ranks, until, placement in (
         (2, 7, "hybrid"),
+        (2, 11, "column_wise"),  # as many ranks: what is forced now counts, not the plan of the checkpoint
         (4, 15, "column_wise"),
         (1, 20, "row_wise"),
         (3, None, "row_wise"),
@@ -126,6 +127,10 @@ def test_a_run_goes_on_with_other_ranks_and_another_placement(alone, run_engine)
         values = values_of("moved", embedding=PLACEMENTS[placement], train={**steps, "max_steps": until})
         code, errors = run_engine(values, ranks=ranks)
         assert code == 0, errors
+        last = open_checkpoint(max((Path(values["run"]["directory"]) / "checkpoints").glob("step-*")))
+        assert {own["kind"] for own in last.meta["plan"]["placements"]} == {placement, "row_wise"} - (
+            {"row_wise"} if placement == "column_wise" else set()
+        )
     assert_close(tensors_of(values["run"]["directory"]), expected)
 
 
