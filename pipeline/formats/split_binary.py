@@ -166,23 +166,30 @@ class SplitBinarySource:
         )
 
     def _rows(self, split: str) -> int:
-        files = self._spec.files[split]
-        rows: int | None = None
+        files, label = self._spec.files[split], self._spec.label
+        sizes: dict[str, int] = {}
         for name, path in files.items():
-            width = self._width(name)
             try:
-                size = path.stat().st_size
+                sizes[name] = path.stat().st_size
             except OSError as error:
                 raise DataError(f"{path}: {error.strerror or error}; {self._spec.path} names it") from None
-            if rows is None:  # the label comes first
-                rows = files[self._spec.label].stat().st_size
+        rows = sizes[label]
+        others = {sizes[name] / self._width(name) for name in files if name != label}
+        if len(files) > 2 and len(others) == 1 and rows not in others:
+            kind = "truncated" if rows < min(others) else "oversized"
+            raise DataError(
+                f"{files[label]}: {kind}, {rows} labels of a byte each, but the other files have {min(others):.10g} "
+                f"rows (the difference starts at row and byte {min(rows, *others):.10g}); copy the file again"
+            )
+        for name, path in files.items():
+            size, width = sizes[name], self._width(name)
             if size != rows * width:
                 kind = "truncated" if size < rows * width else "oversized"
                 raise DataError(
                     f"{path}: {kind}, {size} bytes, but {rows} labels need {rows * width} ({width} bytes a row, row "
                     f"{min(size // width, rows)} at byte {min(size, rows * width)}); copy the file again"
                 )
-        return rows or 0
+        return rows
 
     def _width(self, name: str) -> int:
         if self._spec.dense and name == self._spec.dense[0]:

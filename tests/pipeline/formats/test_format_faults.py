@@ -144,6 +144,13 @@ def test_split_binary(converted: Any) -> None:
         (train / "cat_0.bin").write_bytes(cut)
         place = r"\(2 bytes a row, row (49 at byte 99|50 at byte 100)\)"
         refused("split-binary", folder, rf"cat_0\.bin: {kind}, {len(cut)} bytes, but 50 labels need 100 {place}")
+    (train / "cat_0.bin").write_bytes(content)
+    labels = (train / "label.bin").read_bytes()
+    for cut, kind, place in ((labels[:-3], "truncated", 47), (labels + b"\0", "oversized", 50)):
+        (train / "label.bin").write_bytes(cut)
+        message = rf"label\.bin: {kind}, {len(cut)} labels .* the other files have 50 rows .* row and byte {place}\)"
+        refused("split-binary", folder, message)
+    (train / "label.bin").write_bytes(labels)
     (train / "cat_0.bin").unlink()
     refused("split-binary", folder, r"cat_0\.bin: No such file.*feature_spec\.yaml names it")
 
