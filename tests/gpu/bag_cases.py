@@ -23,7 +23,7 @@ PLACED_BAGS: dict[str, Any] = {
     "placement": "table_wise",
     "tables": {
         "user": {"placement": "row_wise"},
-        "genres": {"pooling": "mean"},
+        "genres": {"pooling": "mean", "placement": "column_wise"},
         "items": {"placement": "hybrid", "threshold": 9},
         "last": {"pooling": "concat", "placement": "hybrid", "threshold": 4},
     },

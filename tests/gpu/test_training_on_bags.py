@@ -107,7 +107,7 @@ def test_replayed_steps_are_the_issued_ones(on_gpu: Any, tmp_path: Path) -> None
 
 
 ON_RANKS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "sgd, full bags": (2, {"weighted": True, "bags": False}, {}),
+    "sgd, full bags, once": (2, {"weighted": True, "bags": False}, {"deduplicate": True}),
     "adam, frequent rows counted, short bags that run over": (
         3, {"ordered": False, "layout": "jagged", "short": 0.4}, {"optimizer": OPTIMIZERS["adam"]}
     ),
