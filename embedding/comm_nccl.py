@@ -164,6 +164,11 @@ class NcclComm:
         return _DONE
 
 
+def library_version() -> int:
+    """Of NCCL, as it counts: 22703 is 2.27.3."""
+    return int(nccl.get_version())
+
+
 def _start(host: Comm) -> Any:
     """The communicator of the ranks of ``host``.
 

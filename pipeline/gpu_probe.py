@@ -33,9 +33,9 @@ def _cublaslt() -> str:
 
 
 def _nccl() -> str:
-    from cupy.cuda import nccl
+    from embedding.comm_nccl import library_version
 
-    return str(nccl.get_version())
+    return str(library_version())
 
 
 PROBES: dict[str, Callable[[], str]] = {"cupy": _cupy, "nvrtc": _nvrtc, "cublaslt": _cublaslt, "nccl": _nccl}

@@ -76,6 +76,15 @@ def test_functions_fit_on_a_screen() -> None:
     assert too_long == []
 
 
+def test_carriers_alone_import_mpi_and_nccl() -> None:
+    """Import contracts see whole packages, and NCCL is a part of CuPy."""
+    imports = re.compile(
+        r"^\s*(from mpi4py|import mpi4py|from cupy\.cuda import .*\bnccl\b|.*\bcupy\.cuda\.nccl\b)", re.MULTILINE
+    )
+    found = {path.name for path in SOURCES if imports.search(path.read_text(encoding="utf-8"))}
+    assert found == {"comm_mpi.py", "comm_nccl.py"}
+
+
 def test_nothing_is_left_unfinished() -> None:
     # Spelled in halves so that this file does not find itself.
     marks = (r"\bTO" + r"DO\b", r"\bFIX" + r"ME\b", "raise NotImplemented" + "Error", r"\bX" + r"XX\b")
