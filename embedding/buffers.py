@@ -43,6 +43,10 @@ class BatchBuffers:
     sent: dict[str, int] = field(default_factory=dict)
     pool: dict[str, Array] = field(default_factory=dict)
 
+    def begin(self, rows: int, global_rows: int) -> None:
+        """Note the sizes of the batch that comes: by whoever brings it, since a replayed stage notes nothing."""
+        self.num_rows, self.global_rows = rows, global_rows
+
     def room(self, name: str, dtype: Any, size: int) -> Array:
         """[size] numbers under ``name``, uninitialised; a quarter is added when it has to grow."""
         array = self.pool.get(name)

@@ -255,7 +255,7 @@ class CapturedEmbedding:
             rows: B.
             global_rows: the same.
         """
-        buffers.num_rows, buffers.global_rows = rows, global_rows
+        buffers.begin(rows, global_rows)
         if buffers.update is not None and rows:
             buffers.update.prepare(self._keys(buffers), buffers.offsets, buffers.weights, rows)
 

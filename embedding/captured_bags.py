@@ -267,7 +267,7 @@ class ExchangedBags:
 
     def input_dist(self, buffers: BagBuffers, rows: int, global_rows: int) -> None:
         """See ``ExchangedEmbedding``; the bags lie in ``buffers``."""
-        buffers.num_rows, buffers.global_rows = rows, global_rows
+        buffers.begin(rows, global_rows)
         bags, layout, inner = buffers.everyones, self._layout, buffers.inner
         spread = inner.keys[: buffers.places * layout.features * layout.ranks]
         call(self._device, spread_keys, bags, global_rows, layout, spread, buffers.over)
@@ -330,7 +330,7 @@ class ExchangedBags:
             self.input_dist(made, rows, global_rows)
         places = made.places
         made.inner = self._exchange.exact(made.inner, places, places * self.comm.size)
-        made.num_rows, made.global_rows = rows, global_rows
+        made.begin(rows, global_rows)
         return made
 
     def _places_needed(self, buffers: BagBuffers) -> int:

@@ -230,7 +230,7 @@ class ExchangedEmbedding:
                 group.exact(own, rows, global_rows) for group, own in zip(self._groups, buffers.groups, strict=True)
             ),
         )  # fmt: skip
-        made.num_rows, made.global_rows = rows, global_rows
+        made.begin(rows, global_rows)
         return made
 
     def input_dist(self, buffers: ExchangeBuffers, rows: int, global_rows: int) -> None:
@@ -244,7 +244,7 @@ class ExchangedEmbedding:
         Raises:
             ConfigError: the batch is larger than the buffers.
         """
-        buffers.num_rows, buffers.global_rows = rows, global_rows
+        buffers.begin(rows, global_rows)
         for group, own in zip(self._groups, buffers.groups, strict=True):
             own.keys = buffers.keys
             group.input_dist(own, rows, global_rows)

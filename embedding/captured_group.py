@@ -246,7 +246,7 @@ class ExchangedGroup(HeldTables):
             raise ConfigError(
                 f"batch: {global_rows} rows on {self.comm.size} ranks, but the buffers hold {buffers.capacity} of each"
             )
-        buffers.num_rows, buffers.global_rows = rows, global_rows
+        buffers.begin(rows, global_rows)
         lists, layout = buffers.lists, self._placed.layout
         lists.touched.fill(0)
         lists.relay.fill(layout.relay_pad)

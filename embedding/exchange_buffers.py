@@ -85,6 +85,12 @@ class ExchangeBuffers(BatchBuffers):
     keys: Array
     groups: tuple[GroupBuffers, ...]
 
+    def begin(self, rows: int, global_rows: int) -> None:
+        """See ``BatchBuffers``."""
+        BatchBuffers.begin(self, rows, global_rows)
+        for group in self.groups:
+            group.begin(rows, global_rows)
+
     @property
     def lists(self) -> PairLists:
         """What travels of the first group; once rows have travelled, its ``flag`` is that of all."""

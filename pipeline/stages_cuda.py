@@ -229,6 +229,7 @@ class CudaStages(Stages):
         )
         self.device.upload(block, staging.scalars)
         assert batch is not None
+        flight.embedding.begin(flight.rows, flight.global_rows)
         self._intake.take(batch, flight)
 
     def input_dist(self, flight: Flight) -> None:
