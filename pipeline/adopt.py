@@ -19,6 +19,7 @@ from pipeline.dataset import Dataset
 from pipeline.etl.text_blocks import check_distinct, check_files
 from pipeline.formats.raw import LABEL_ONE, label_fault
 from pipeline.manifest import (
+    ADOPTED,
     MANIFEST_NAME,
     DenseDtype,
     DenseInfo,
@@ -114,7 +115,7 @@ def adopt(
             for t, (rows, count) in enumerate(zip(rows_per_table, hotness, strict=True))
         ),
         splits={},
-        source=f"adopted from {layout} files",
+        source=f"{ADOPTED} {layout} files",
         notes=(_dense_note(dense_dtype),) if num_dense else (),
     )
     row_bytes = 4 * row_words(shape)

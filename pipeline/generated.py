@@ -24,6 +24,7 @@ from pipeline.formats.raw import RowFiles
 from pipeline.formats.record_files import PAGE, Bytes, RecordLayout, Records, page_aligned, rows_of_runs
 from pipeline.generator import Generator
 from pipeline.manifest import DenseInfo, Manifest, Recipe, SplitInfo, TableInfo, row_words, write_manifest
+from pipeline.replacement import left_behind, remove_left_behind
 from pipeline.writer import DatasetWriter
 
 Rows = NDArray[np.int64]
@@ -339,5 +340,7 @@ def write_recipe(out: Path, manifest: Manifest, *, overwrite: bool = False) -> P
     with DatasetWriter(
         out, name=manifest.name, dense_names=manifest.dense.names, tables=manifest.tables, overwrite=overwrite
     ):
+        replaced = left_behind(out, manifest)
         write_manifest(out, manifest)
+        remove_left_behind(out, replaced)
     return out

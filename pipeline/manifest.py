@@ -22,6 +22,8 @@ from pipeline.checksums import PATTERN
 MANIFEST_NAME = "dataset.json"
 FORMAT_VERSION: Literal[2] = 2
 """Version 1, which is read, has ``sha256`` in place of a file's ``checksum``."""
+ADOPTED = "adopted from"
+"""How ``source`` begins where Raw files were there before their manifest."""
 
 Layout = Literal["raw", "jagged", "parquet", "synthetic"]
 DenseDtype = Literal["float32", "int32"]

@@ -35,6 +35,7 @@ from pipeline.manifest import (
     check_split_name,
     write_manifest,
 )
+from pipeline.replacement import left_behind, remove_left_behind
 
 
 class DatasetWriter:
@@ -234,12 +235,14 @@ class DatasetWriter:
             ceilings=ceilings,
             recipe=recipe,
         )
+        replaced = left_behind(self.path, manifest)
         # Gone before the first file changes: old and new files together must not pass for a set.
         (self.path / MANIFEST_NAME).unlink(missing_ok=True)
         for split in self._splits.values():
             for file in split.files:
                 file.publish()
         write_manifest(self.path, manifest)
+        remove_left_behind(self.path, replaced)
         self._splits.clear()
         self._made.clear()
         return self.path

@@ -22,7 +22,7 @@ from pipeline.manifest import MANIFEST_NAME
 FOLDER = ".preparing"
 _JOB = "job.json"
 PUBLISHING = "publishing.json"
-_VERSION = 2
+_VERSION = 3
 
 
 class Job:

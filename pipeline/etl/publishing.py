@@ -20,6 +20,7 @@ from pipeline.etl.rules import Rules
 from pipeline.etl.statistics import stamp_statistics, write_statistics
 from pipeline.etl.vocabulary import ENCODING_FOLDER, ENCODING_NAME, Encoding, encoding_values, num_parts, write_part
 from pipeline.manifest import MANIFEST_NAME, DenseInfo, FileInfo, Manifest, SplitInfo, TableInfo, write_manifest
+from pipeline.replacement import left_behind, remove_left_behind
 from pipeline.statistics import STATISTICS
 
 _MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Manifest)
@@ -97,7 +98,11 @@ def publish(job: Job, shards: Sequence[Shard], manifest: Manifest) -> None:
     if job.read(STATISTICS) is not None:
         stamp_statistics(job, manifest)
     renames = [[shard.path.name, name] for shard, name in zip(shards, shard_names(shards), strict=True)]
-    values: dict[str, Any] = {"renames": renames, "manifest": _MANIFEST.dump_python(manifest, mode="json")}
+    values: dict[str, Any] = {
+        "renames": renames,
+        "manifest": _MANIFEST.dump_python(manifest, mode="json"),
+        "left_behind": left_behind(job.out, manifest),  # noted while the old set can still say it
+    }
     job.mark(PUBLISHING, values)
     publish_again(job)
 
@@ -116,4 +121,5 @@ def publish_again(job: Job) -> None:
         shutil.rmtree(job.out / ENCODING_FOLDER, ignore_errors=True)
         encoding.replace(job.out / ENCODING_FOLDER)
     write_manifest(job.out, _MANIFEST.validate_python(values["manifest"]))
+    remove_left_behind(job.out, values["left_behind"])
     job.finish()
