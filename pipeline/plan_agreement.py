@@ -48,11 +48,12 @@ def agree_plan(
 ) -> tuple[Plan, FrequentLists]:
     """The plan of a run, and the frequent rows of tables that are not numbered by frequency (collective).
 
-    A resumed run keeps plan and lists of its checkpoint where ranks, nodes and tables are the same and nothing else is
-    forced now, so that it goes on bit for bit. Otherwise rank 0 counts the first batches and decides, by link rates
-    that are measured where they are not yet known in the run's folder; where kinds of plans are predicted to be about
-    as fast, some steps of each are timed. Measured times differ from run to run, and with them plans and the order of
-    sums: with ``deterministic`` nothing is measured, and rates that are supposed of any machine decide.
+    A resumed run keeps plan and lists of its checkpoint where ranks, nodes and tables are the same, nothing else is
+    forced now and ``embedding.memory_limit_mib`` has room for it, so that it goes on bit for bit. Otherwise rank 0
+    counts the first batches and decides, by link rates that are measured where they are not yet known in the run's
+    folder; where kinds of plans are predicted to be about as fast, some steps of each are timed. Measured times differ
+    from run to run, and with them plans and the order of sums: with ``deterministic`` nothing is measured, and rates
+    that are supposed of any machine decide.
 
     Args:
         config: of the run.

@@ -162,7 +162,9 @@ def _switch(config: RunConfig, *, captured: bool) -> bool | None:
 
 
 def obeys(plan: Plan, config: RunConfig, tables: Sequence[TableInfo], *, captured: bool = False) -> bool:
-    """Whether a plan that was made before has all placements and the exchange as the config allows them.
+    """Whether a plan that was made before has placements, exchange and memory as the config allows them.
+
+    Memory only where the config limits it: what a machine has free differs from run to run.
 
     Args:
         plan: such as a checkpoint's, of these tables.
@@ -175,6 +177,11 @@ def obeys(plan: Plan, config: RunConfig, tables: Sequence[TableInfo], *, capture
     """
     switch = _switch(config, captured=captured)
     if plan.nodes > 1 and config.embedding.all_to_all not in ("auto", plan.all_to_all):
+        return False
+    limit = config.embedding.memory_limit_mib
+    # As it was planned, before rows were listed: their unused homes are not counted.
+    planned = replace(plan, placements=tuple(replace(place, listed=False) for place in plan.placements))
+    if limit is not None and planned.memory().max() > limit * 2**20:
         return False
     forced = forced_placements(config, tables)
     for spec, placement in zip(plan.specs, plan.placements, strict=True):

@@ -135,6 +135,32 @@ def test_a_plan_is_kept_as_long_as_the_config_allows_it(dataset: Dataset, captur
     assert kept == [True, False, False, False]
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_plan_is_kept_as_long_as_the_memory_limit_allows_it(dataset: Dataset, captured: bool) -> None:
+    """3940 rows of 4 KiB: half of them replicated take about 10 MiB a rank of four, all spread out about 4."""
+
+    def wide(**embedding: Any) -> RunConfig:
+        config = config_of(dataset, **embedding)
+        return replace(config, model=replace(config.model, embedding_dim=1024, bottom_mlp=(1024,)))
+
+    names = [table.name for table in dataset.tables]
+    forced = {"placement": "row_wise", "tables": {names[0]: {"placement": "hybrid", "threshold": 2000}}}
+    shape = {"ranks": 4, "nodes": 2, "captured": captured}
+    plan = planning.plan_tables(wide(**forced), dataset.tables, **shape)
+    listed = replace(plan, placements=tuple(replace(p, listed=p.kind == "hybrid") for p in plan.placements))
+    needs = -(-int(plan.memory().max()) // 2**20)
+    assert listed.memory().max() > needs * 2**20
+    for made in (plan, listed):
+        kept = [
+            planning.obeys(made, wide(**forced, memory_limit_mib=limit), dataset.tables, captured=captured)
+            for limit in (needs - 1, needs, needs + 1)
+        ]
+        assert kept == [False, True, True]
+    lower = wide(memory_limit_mib=needs - 1)
+    again = planning.plan_tables(lower, dataset.tables, **shape)
+    assert planning.obeys(again, lower, dataset.tables, captured=captured)
+
+
 def test_a_plan_for_gpus_counts_what_they_send(dataset: Dataset) -> None:
     """No keys, every occurrence of a row, gradients of touched or all replicated rows; no table cut by columns."""
     config = config_of(dataset)

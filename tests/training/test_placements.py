@@ -145,6 +145,24 @@ def test_tables_beyond_the_memory_limit_are_refused_before_they_are_made(tiny_da
 
 
 @pytest.mark.ranks
+def test_a_run_goes_on_by_another_plan_where_less_memory_is_allowed(tiny_dataset, run_values, run_engine):
+    """370 rows of 4 KiB and their replicated state: more than 1 MiB a rank, unless they are spread out."""
+    kinds, data = [], tiny_dataset()
+    for until, limit in ((3, 9), (5, 9), (7, 1)):
+        values = run_values(
+            data, model={"embedding_dim": 1024, "bottom_mlp": [16, 1024]}, optimizer={"kind": "sgd"},
+            embedding={"memory_limit_mib": limit} | ({"placement": "replicated"} if until == 3 else {}),
+            train={"max_steps": until},
+        )  # fmt: skip
+        code, errors = run_engine(values, ranks=2)
+        assert code == 0, errors
+        last = open_checkpoint(max((Path(values["run"]["directory"]) / "checkpoints").glob("step-*")))
+        kinds.append({own["kind"] for own in last.meta["plan"]["placements"]})
+        assert plan_from_values(last.meta["plan"]).memory().max() <= limit * 2**20
+    assert kinds[0] == kinds[1] == {"replicated"} != kinds[2]
+
+
+@pytest.mark.ranks
 def test_tables_without_pooling_train_and_go_on_wherever_they_lie(tmp_path, run_values, run_engine):
     """Each key of a bag is a feature of its own (``concat``), beside tables that are pooled."""
     tables = [
