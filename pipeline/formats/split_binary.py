@@ -11,7 +11,7 @@ Shapes: B rows, N dense columns, T tables.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +31,7 @@ from pipeline.formats.block import (
     reversed_hint,
     write_sidecar,
 )
+from pipeline.formats.feature_spec import CATEGORY_TYPES, CHUNK_TYPE, SPEC, Spec, read_spec
 from pipeline.formats.interchange import (
     Fit,
     Loss,
@@ -40,14 +41,7 @@ from pipeline.formats.interchange import (
     distinct_names,
     key_dtype_of,
 )
-from pipeline.formats.names import split_name
 from pipeline.manifest import TableInfo
-
-SPEC = "feature_spec.yaml"
-_TYPE = "split_binary"
-_CATEGORY_TYPES = ("int8", "int16", "int32")
-_DENSE_TYPES = ("float16", "float32")
-_LABEL_TYPES = ("bool", "int8", "uint8")
 
 
 def category_type(cardinality: int) -> str:
@@ -56,87 +50,16 @@ def category_type(cardinality: int) -> str:
     Raises:
         DataError: none is wide enough.
     """
-    fitting = [name for name in _CATEGORY_TYPES if cardinality < np.iinfo(name).max]
+    fitting = [name for name in CATEGORY_TYPES if cardinality < np.iinfo(name).max]
     if not fitting:
         cannot_hold("split-binary", f"a table of {cardinality} rows", "at most 2147483646 fit; choose another format")
     return fitting[0]
 
 
-@dataclass(frozen=True, slots=True)
-class _Spec:
-    """What ``feature_spec.yaml`` says.
-
-    Attributes:
-        path: the file.
-        label: name of the label.
-        dense: names of the dense columns.
-        tables: names of the categories.
-        dtypes: type of every column.
-        cardinalities: rows of every table.
-        files: for each mapping, the file of each first column.
-    """
-
-    path: Path
-    label: str
-    dense: list[str]
-    tables: list[str]
-    dtypes: dict[str, str]
-    cardinalities: dict[str, int]
-    files: dict[str, dict[str, Path]]
-
-
-def _read_spec(path: Path) -> _Spec:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        features, channels, sources = (values[part] for part in ("feature_spec", "channel_spec", "source_spec"))
-        labels, dense, tables = (list(channels.get(name) or []) for name in ("label", "numerical", "categorical"))
-        dtypes = {str(name): str(np.dtype(feature["dtype"])) for name, feature in features.items()}
-        cardinalities = {name: int(features[name]["cardinality"]) for name in tables}
-        files: dict[str, dict[str, Path]] = {}
-        for mapping, chunks in sources.items():
-            files[split_name(mapping)] = {}
-            for chunk in chunks:
-                if chunk.get("type", _TYPE) != _TYPE or len(chunk["files"]) != 1:
-                    raise DataError(f"{path}: source_spec.{mapping}: needs chunks of type {_TYPE} with one file each")
-                if chunk["features"] != dense and len(chunk["features"]) != 1:
-                    raise DataError(
-                        f"{path}: source_spec.{mapping}: features {chunk['features']} in one file; only the numerical "
-                        "ones may be, in the order of channel_spec"
-                    )
-                files[split_name(mapping)][chunk["features"][0]] = path.parent / chunk["files"][0]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        shown = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise DataError(f"{path}: no feature specification as DeepLearningExamples writes it ({shown})") from None
-    if len(labels) != 1:
-        raise DataError(f"{path}: channel_spec.label: {labels}, but there must be one")
-    spec = _Spec(path, labels[0], dense, tables, dtypes, cardinalities, files)
-    _check_spec(spec)
-    return spec
-
-
-def _check_spec(spec: _Spec) -> None:
-    wanted = [*spec.tables, *spec.dense[:1], spec.label]
-    for name, allowed in (
-        (spec.label, _LABEL_TYPES),
-        *((name, _DENSE_TYPES) for name in spec.dense),
-        *((name, _CATEGORY_TYPES) for name in spec.tables),
-    ):
-        if spec.dtypes.get(name) not in allowed:
-            raise DataError(
-                f"{spec.path}: feature {name!r} has dtype {spec.dtypes.get(name)}, but must be {' or '.join(allowed)}"
-            )
-    if len({spec.dtypes[name] for name in spec.dense}) > 1:
-        raise DataError(f"{spec.path}: numerical features have several dtypes, but lie in one file")
-    for mapping, files in spec.files.items():
-        missing = [name for name in wanted if name not in files]
-        if missing:
-            raise DataError(f"{spec.path}: source_spec.{mapping}: no file for {', '.join(missing)}")
-
-
 class SplitBinarySource:
     """The columns of each mapping."""
 
-    def __init__(self, spec: _Spec, options: ReadOptions) -> None:
+    def __init__(self, spec: Spec, options: ReadOptions) -> None:
         """Check the size of every file."""
         self._spec = spec
         self._dense_type = np.dtype(spec.dtypes[spec.dense[0]] if spec.dense else "float16")
@@ -281,7 +204,9 @@ class SplitBinarySink:
         for split in self._files:
             chunks = [([label], "label.bin"), *([(dense, "numerical.bin")] if dense else [])]
             chunks += [([name], f"cat_{t}.bin") for t, name in enumerate(tables)]
-            sources[split] = [{"type": _TYPE, "features": part, "files": [f"{split}/{file}"]} for part, file in chunks]
+            sources[split] = [
+                {"type": CHUNK_TYPE, "features": part, "files": [f"{split}/{file}"]} for part, file in chunks
+            ]
         spec = {
             "feature_spec": features,
             "source_spec": sources,
@@ -309,7 +234,7 @@ class SplitBinary:
 
     def read(self, path: Path, options: ReadOptions) -> SplitBinarySource:
         """Open a folder."""
-        return SplitBinarySource(_read_spec(path if path.is_file() else path / SPEC), options)
+        return SplitBinarySource(read_spec(path if path.is_file() else path / SPEC), options)
 
     def fit(self, schema: Schema, options: WriteOptions) -> Fit:  # noqa: ARG002 - has no options
         """Dense columns of 16 bits, one key a table."""

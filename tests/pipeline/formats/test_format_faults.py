@@ -165,10 +165,17 @@ def test_split_binary_of_the_other_byte_order(converted: Any, file: str, dtype: 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("dtype: int16", "dtype: int99", r"feature_spec\.yaml: no feature specification"),
+        (
+            "dtype: int16",
+            "dtype: int99",
+            r"feature_spec\.yaml: feature_spec\.T0\.dtype: 'int99'; NumPy knows no such type",
+        ),
         ("dtype: int16", "dtype: int64", r"feature 'T0' has dtype int64, but must be int8 or int16 or int32"),
         ("dtype: bool", "dtype: float32", r"feature 'label' has dtype float32"),
-        ("channel_spec", "channels", r"no feature specification .*'channel_spec'"),
+        ("channel_spec", "channels", r"feature_spec\.yaml: no feature specification .*channel_spec: missing"),
+        ("cardinality:", "size:", r"feature_spec\.yaml: feature_spec\.T0\.cardinality: missing"),
+        ("  categorical:\n", "  categorical:\n  - T9\n", r"feature_spec\.yaml: feature_spec\.T9: missing"),
+        ("    files:\n", "    file:\n", r"feature_spec\.yaml: .*source_spec\.train\.0\.files: missing"),
         ("train/cat_0.bin", "train/cat_9.bin", r"cat_9\.bin: No such file"),
         ("  - T0\n    files:", "  - T0\n    - T1\n    files:", r"features \['T0', 'T1'\] in one file"),
         (
@@ -186,6 +193,25 @@ def test_feature_specification(converted: Any, old: str, new: str, message: str)
     assert old in text
     path.write_text(text.replace(old, new))
     refused("split-binary", folder, message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"\(empty, but needs feature_spec, channel_spec and source_spec\)"),
+        ("# nothing\n", r"\(empty, but needs"),
+        ("- a\n", r"\(holds list, but needs"),
+        ("a: [1", r"\(not YAML: .*line 1"),
+        ("feature_spec:\nchannel_spec: {}\nsource_spec: {}\n", r"\(feature_spec: .*, not None\)"),
+        ("feature_spec: {}\nchannel_spec: {}\n", r"\(source_spec: missing"),
+        ("feature_spec: {a: }\nchannel_spec: {}\nsource_spec: {}\n", r"\(feature_spec\.a: .*, not None\)"),
+        ("feature_spec: {}\nchannel_spec: {}\nsource_spec: {train: }\n", r"\(source_spec\.train: .*, not None\)"),
+        ("feature_spec: {}\nchannel_spec: {}\nsource_spec: {train: []}\n", r"channel_spec\.label: \[\], but"),
+    ],
+)
+def test_a_feature_specification_that_lacks_something_names_it(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "feature_spec.yaml").write_text(text)
+    refused("split-binary", tmp_path, r"feature_spec\.yaml: .*" + message)
 
 
 GOOD = "\t".join(["1", *["5"] * 13, *["0000000a"] * 26])
