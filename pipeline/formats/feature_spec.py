@@ -114,7 +114,7 @@ def read_spec(path: Path) -> Spec:
     for name, feature in file.feature_spec.items():
         try:
             dtypes[name] = str(np.dtype(feature.dtype))
-        except TypeError:
+        except (TypeError, ValueError):
             raise DataError(f"{path}: feature_spec.{name}.dtype: {feature.dtype!r}; NumPy knows no such type") from None
     for name in tables:
         known = file.feature_spec.get(name)
