@@ -6,10 +6,10 @@ is removed when a preparation goes on. The folder lies in the data set's own and
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Job:
     """
 
     def __init__(self, comm: Comm, out: Path, description: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Make the folder, or go on with that of the same job; another job's is removed (collective).
+        """Make the folder, or go on with that of the same job; another job's is removed with a warning (collective).
 
         Args:
             comm: of all ranks.
@@ -49,11 +49,11 @@ class Job:
         self.out, self.folder = out, out / FOLDER
         self._comm = comm
         self._made: list[Path] = []
-        identity = hashlib.sha256(json.dumps([_VERSION, description], sort_keys=True).encode()).hexdigest()
+        job = {"version": _VERSION, "description": json.loads(json.dumps(description))}
         answer = {"error": "", "resumed": False}
         if comm.rank == 0:
             try:
-                answer["resumed"] = self._open(identity, overwrite)
+                answer["resumed"] = self._open(job, overwrite)
             except DataError as error:
                 answer["error"] = str(error)
             except OSError as error:
@@ -63,9 +63,9 @@ class Job:
             raise DataError(answer["error"])
         self.resumed: bool = answer["resumed"]
 
-    def _open(self, identity: str, overwrite: bool) -> bool:
+    def _open(self, job: dict[str, Any], overwrite: bool) -> bool:
         found = self._found()
-        same = found.get("identity") == identity
+        same = found.items() >= job.items()
         # A kill while the files get their names leaves a manifest of this very job, or none.
         publishing = same and (self.folder / PUBLISHING).exists()
         if (self.out / MANIFEST_NAME).exists() and not overwrite and not publishing:
@@ -75,11 +75,18 @@ class Job:
         if same:
             self._made = [Path(name) for name in found["made"]]
         else:
+            if any(path.is_file() for path in self.folder.rglob("*")):
+                print(
+                    f"warning: {self.folder}: an unfinished preparation {_difference(found, job)} is discarded; "
+                    "this one starts from its beginning",
+                    file=sys.stderr,
+                    flush=True,
+                )
             shutil.rmtree(self.folder, ignore_errors=True)
             self._made = make_folders(self.folder)[1:]
             for name in ("counts", "numbering", "shards", "encoding"):
                 (self.folder / name).mkdir()
-            self.mark(_JOB, {"identity": identity, "made": [str(path) for path in self._made]})
+            self.mark(_JOB, {**job, "made": [str(path) for path in self._made]})
         return same
 
     def _found(self) -> dict[str, Any]:
@@ -129,3 +136,22 @@ class Job:
     def finish(self) -> None:
         """Remove the working folder of a complete set."""
         shutil.rmtree(self.folder)
+
+
+def _difference(found: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+    """What is other in the job of a working folder than in the one that is to be done."""
+    if not found:
+        return f"whose {_JOB} cannot be read"
+    if found.get("version") != job["version"]:
+        return "of a release with marks of another form"
+    theirs, ours = (_named(one["description"]) for one in (found, job))
+    other = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+    return f"begun with other {', '.join(other)}"
+
+
+def _named(description: Mapping[str, Any]) -> dict[str, Any]:
+    """A description's values, those of its mappings by names such as ``rules.count``."""
+    values: dict[str, Any] = {}
+    for name, value in description.items():
+        values |= {f"{name}.{part}": one for part, one in value.items()} if isinstance(value, dict) else {name: value}
+    return values
