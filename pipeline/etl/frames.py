@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import zipfile
+import zlib
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,7 +19,7 @@ import polars as pl
 
 from dlrm.errors import ConfigError, DataError
 from pipeline.etl.schema import TableSchema
-from pipeline.etl.text_blocks import check_files
+from pipeline.etl.text_blocks import check_files, pieces
 
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".txt": "csv", ".parquet": "parquet", ".npz": "npz"}
 
@@ -128,7 +130,9 @@ def _read_file(path: Path, schema: TableSchema) -> pl.DataFrame:
         if kind == "csv":
             return _read_csv(path, schema)
         return _read_npz(path) if kind == "npz" else pl.read_parquet(path, glob=False)
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, OSError, EOFError, zlib.error) as error:
+        if path.suffix == ".gz":
+            deque(pieces(path, 1 << 20), maxlen=0)  # says how far damaged gzip can be read
         raise DataError(f"{path}: not a readable {kind} file ({' '.join(str(error).split())})") from None
 
 

@@ -16,6 +16,7 @@ from dlrm.errors import DataError
 
 _NEWLINE = ord("\n")
 _WINDOW = 1 << 12
+_DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +94,13 @@ def pieces(path: Path, piece_bytes: int, start: int = 0, stop: int | None = None
         stop: last byte + 1; ``None``: to the end.
 
     Raises:
-        DataError: the file cannot be read, or is damaged gzip.
+        DataError: the file cannot be read, or is damaged gzip, whose whole lines come first.
     """
     try:
         if path.suffix == ".gz":
             yield from _packed_pieces(path, piece_bytes)
         else:
             yield from _plain_pieces(path, piece_bytes, start, stop)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged or truncated gzip ({error}); get the file again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
@@ -117,14 +116,14 @@ def _plain_pieces(path: Path, piece_bytes: int, start: int, stop: int | None) ->
             read = os.preadv(handle, [text.data], place)
             if read < wanted and place + read < end:
                 if read == 0:
-                    raise OSError(0, "became shorter while it was read")
+                    raise OSError(0, f"became shorter while it was read, behind byte {place}")
                 wanted = read
             keep = wanted if place + wanted == end else _whole_lines(text[:wanted])
             if keep == 0:  # a line longer than a piece
                 keep = line_start(handle, place + wanted) - place
                 text = np.empty(keep, np.uint8)
                 if os.preadv(handle, [text.data], place) < keep:
-                    raise OSError(0, "became shorter while it was read")
+                    raise OSError(0, f"became shorter while it was read, behind byte {place}")
             yield Piece(text[:keep], keep)
             place += keep
 
@@ -141,10 +140,27 @@ def _whole_lines(text: Any) -> int:
 
 
 def _packed_pieces(path: Path, piece_bytes: int) -> Iterator[Piece]:
+    text, read_before, lines, length = bytearray(), 0, 0, 0
+    damage: Exception | None = None
     with path.open("rb") as packed, gzip.GzipFile(fileobj=packed) as file:
-        read_before = 0
-        while block := file.read(piece_bytes):
-            text = block if block.endswith(b"\n") else block + file.readline()
-            read = packed.tell()
-            yield Piece(np.frombuffer(text, dtype=np.uint8), read - read_before)
-            read_before = read
+        while True:
+            try:
+                block = file.read1(piece_bytes)  # hands out all that was unpacked before damage shows
+            except _DAMAGE as error:
+                block, damage = b"", error
+            text += block
+            if block and len(text) < piece_bytes:
+                continue
+            ended = not block and damage is None
+            if end := len(text) if ended else text.rfind(b"\n") + 1:
+                whole, read = bytes(text[:end]), packed.tell()
+                yield Piece(np.frombuffer(whole, dtype=np.uint8), read - read_before)
+                del text[:end]
+                read_before, lines, length = read, lines + whole.count(b"\n"), length + end
+            if not block:
+                break
+    if damage is not None:
+        raise DataError(
+            f"{path}: damaged or truncated gzip ({damage}) after {lines} whole lines ({length} bytes of text); get the "
+            "file again"
+        )

@@ -129,18 +129,13 @@ def _field_start(text: Any, row: int, field: int) -> int:
 
 def _texts(path: Path) -> Iterator[Any]:
     """Pieces of a file, and ``None`` when what came so far is to be looked at: at the end, or before an error."""
-    row = byte = 0
-    cut = pieces(path, _PIECE_BYTES)
-    while True:
-        try:
-            piece = next(cut, None)
-        except DataError as error:
-            yield None
-            raise DataError(f"{error}; row {row} (byte {byte} of the text) is the first that is lost") from None
-        yield None if piece is None else piece.text
-        if piece is None:
-            return
-        row, byte = row + int(parser.count_lines(piece.text)), byte + len(piece.text)
+    try:
+        for piece in pieces(path, _PIECE_BYTES):
+            yield piece.text
+    except DataError:
+        yield None
+        raise
+    yield None
 
 
 def _told(rows: tuple[int, ...] | None) -> tuple[int, ...]:

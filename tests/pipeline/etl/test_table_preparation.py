@@ -329,6 +329,20 @@ def test_rows_of_another_width_are_named_in_compressed_files_too(tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9, 1.0])
+def test_compressed_files_that_are_cut_short_say_how_far_they_go(
+    tmp_path: Path, rng: np.random.Generator, kept: float
+) -> None:
+    rows = [f"{number % 2},{number},{key}" for number, key in enumerate(rng.integers(0, 10**9, 20_000))]
+    packed = gzip.compress(("y,x,c\n" + "\n".join(rows) + "\n").encode())
+    path = tmp_path / "rows.csv.gz"
+    path.write_bytes(packed[: max(5, round(kept * len(packed)) - 6)])
+    message = r"rows\.csv\.gz: damaged or truncated gzip .* after \d+ whole lines \(\d+ bytes of text\)"
+    with pytest.raises(DataError, match=message):
+        prepare_table(parse_schema(MINIMAL), {"train": [path]}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("columns", "table", "message"),
     [

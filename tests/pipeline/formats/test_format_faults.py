@@ -283,9 +283,9 @@ def test_packed_text_that_is_cut_short_names_what_is_lost(tmp_path: Path, rng: n
     path.write_bytes(packed[: len(packed) * 9 // 10])
     blocks = format_named("criteo-tsv").read(path, ReadOptions()).blocks("train")
     read: list[int] = []
-    message = r"t\.tsv\.gz: damaged or truncated gzip .* row \d+ \(byte \d+ of the text\)"
+    message = r"t\.tsv\.gz: damaged or truncated gzip .* after \d+ whole lines \(\d+ bytes of text\)"
     with pytest.raises(DataError, match=message) as caught:
         read.extend(block.rows for block in blocks)  # what can be read comes first
-    row, byte = (int(number) for number in re.findall(r"row (\d+) \(byte (\d+)", str(caught.value))[0])
+    row, byte = (int(number) for number in re.findall(r"after (\d+) whole lines \((\d+) bytes", str(caught.value))[0])
     assert sum(read) == row > 30_000
     assert byte == row * (len(GOOD) + 1)
