@@ -300,7 +300,7 @@ def write_shard(scratch: Path, rank: int, parts: Iterable[tuple[str, list[Part]]
         pieces = []
         for part in own:
             # Where there are fewer rows than ranks, some have nothing to write.
-            if not part.array.size and part.array.shape != part.shape:
+            if not (part.rows and part.columns) and part.array.shape != part.shape:
                 continue
             # Not parents=True: on storage that is not shared, the scratch folder is missing and that must show.
             folder.mkdir(exist_ok=True)
