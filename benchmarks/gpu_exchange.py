@@ -115,7 +115,9 @@ class Lane:
             "input_dist": lambda: one.input_dist(own, self.rows, self.total),
             "lookup": lambda: one.lookup(own),
             "output_dist": lambda: one.output_dist(own),
+            "sum_replicated": lambda: one.sum_replicated(own),
             "grad_dist": lambda: one.grad_dist(own),
+            "reduce_replicated": lambda: one.reduce_replicated(own),
             "sparse_update": lambda: one.sparse_update(own, self.scalars, self.guard),
         }
 
@@ -172,9 +174,9 @@ def main() -> None:
         )
         print(f"plan: {plan.label}; {frequent} replicated rows")
         for name, microseconds in together.items():
-            moved = sent.get(name, 0) + (sent["all_reduce"] if name == "grad_dist" else 0)
+            moved = sent["all_reduce"] if name == "reduce_replicated" else sent.get(name, 0)
             rate = f"  {moved / 1e6:8.1f} MB out, {moved / microseconds / 1e3:6.1f} GB/s" if moved else ""
-            print(f"  {name:14} {microseconds:9.1f} us   alone {alone[name]:9.1f} us{rate}")
+            print(f"  {name:17} {microseconds:9.1f} us   alone {alone[name]:9.1f} us{rate}")
         share = alone["all of it"] / together["all of it"]
         print(f"  rate of a GPU: {rows / together['all of it']:.2f} M samples/s, {share:.1%} of one alone")
     comm.close()

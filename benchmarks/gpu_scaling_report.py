@@ -16,9 +16,9 @@ Table = tuple[str, Sequence[str], list[list[str]]]
 """A title, the columns' heads, rows of cells."""
 
 GROUPS = {
-    "exchange": ("input_dist", "output_dist", "grad_dist"),
+    "exchange": ("input_dist", "output_dist", "grad_dist", "reduce_replicated"),
     "look-up": ("lookup",),
-    "update": ("sparse_update",),
+    "update": ("sum_replicated", "sparse_update"),
     "all-reduce": ("reduce_dense",),
     "dense": (
         "bottom_forward", "top_forward", "loss", "top_backward", "bottom_backward", "top_weight_backward",

@@ -35,7 +35,7 @@ from pipeline.device_feed import Origin, need_resident, open_feed  # noqa: E402
 from pipeline.engine import Engine, build_engine  # noqa: E402
 from pipeline.overlap import choose  # noqa: E402
 from pipeline.schedule import execute, ring_size  # noqa: E402
-from pipeline.stages_cuda import CudaStages  # noqa: E402
+from pipeline.stages_cuda import CudaStages, Fused  # noqa: E402
 
 Change = Callable[[Engine], Any]
 """Makes a context in which the engine's next steps take another form."""
@@ -65,7 +65,7 @@ def entries(settings: dict[str, int], changes: Mapping[str, int]) -> Iterator[No
 
 VARIANTS: dict[str, Change] = {
     "default": lambda _: ExitStack(),
-    "vectors kept": lambda engine: attribute(engine.stages, "_fused_train", False),
+    "vectors kept": lambda engine: attribute(engine.stages, "fused", Fused()),
     "atomic": lambda engine: attribute(engine.embedding, "_deterministic", False),
     "backward BLOCKS 4": lambda _: entries(interaction_cuda.FUSED_BACKWARD, {"BLOCKS": 4}),
     "backward BATCHED 1": lambda _: entries(interaction_cuda.FUSED_BACKWARD, {"BATCHED": 1}),

@@ -19,7 +19,7 @@ class CudaConfig:
     """What brings arrays from GPU to GPU: NCCL, or ``staged``, which goes through the memory of the hosts and MPI and
     lets several ranks share a GPU, slowly and without graphs. ``auto``: NCCL where every rank has a GPU of its own."""
     fused_eval: bool | Literal["auto"] = "auto"
-    """Evaluate on one GPU with look-up and interaction as one kernel; ``auto``: where the shapes allow it."""
+    """Evaluate with look-up and interaction as one kernel; ``auto``: where shapes and exchange allow it."""
     fused_train: bool | Literal["auto"] = "auto"
-    """Train on one GPU with look-up and interaction as one kernel, which reads the rows once more for the gradients
-    instead of keeping them; ``auto``: where the shapes allow it."""
+    """Train with look-up and interaction as one kernel, which reads the rows once more for the gradients instead of
+    keeping them; ``auto``: where shapes and exchange allow it."""

@@ -308,6 +308,14 @@ class ExchangedBags:
         )  # fmt: skip
         self._exchange.grad_dist(inner)
 
+    def sum_replicated(self, buffers: BagBuffers) -> None:
+        """Nothing: the rows' parts are not there before ``grad_dist``."""
+
+    def reduce_replicated(self, buffers: BagBuffers) -> None:
+        """Sum the gradients of replicated rows here and over the ranks."""
+        self._exchange.sum_replicated(buffers.inner)
+        self._exchange.reduce_replicated(buffers.inner)
+
     def sparse_update(self, buffers: BagBuffers, scalars: Array, guard: Array) -> None:
         """See ``ExchangedEmbedding``."""
         self._exchange.sparse_update(buffers.inner, scalars, guard)

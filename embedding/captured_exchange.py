@@ -46,6 +46,7 @@ class ExchangedEmbedding:
         comm: the ranks; carries buffers of the device.
         topology: of ``comm``.
         first: place of table 0 in the vectors.
+        listed_forward: whether forward buffers that are made from now on have rows listed and not in the vectors.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class ExchangedEmbedding:
         hierarchical: bool = False,
         most: MostRows | None = None,
         listed: bool = False,
+        listed_forward: bool = False,
         sends: bool = False,
         features: Sequence[int] | None = None,
         lists: Mapping[str, Array] | None = None,
@@ -93,6 +95,7 @@ class ExchangedEmbedding:
             listed: in training rows are not put into the vectors: whoever reads them finds them by ``lists.sources`` in
                 ``weight`` and among what has come (``FlatRoute.come``); not with ``hierarchical``, nor where tables
                 are cut by columns or rows de-duplicated.
+            listed_forward: the same in forward passes.
             sends: with ``listed``: gradients of rows that travel, and without sums as they come those of this rank's
                 own rows, are written where ``lists.slots`` says, and not to ``grad_vectors``.
             features: the table of each feature, which has one key a row; ``None``: every table is one.
@@ -106,12 +109,13 @@ class ExchangedEmbedding:
             raise ConfigError(f"plan: made for {plan.ranks} ranks, but there are {comm.size}; plan again")
         self.specs, self.plan, self.comm, self.topology, self.first = plan.specs, plan, comm, topology, first
         self._device = device
+        self._listed, self.listed_forward = listed, listed_forward
         self._features = list(range(len(plan.specs)) if features is None else features)
         groups = column_groups(plan, self._features, first)
         form = ExchangeForm(
             comm=comm, topology=topology, device=device, optimizer=optimizer, table_dtype=table_dtype, seed=seed,
             deterministic=deterministic, precision=exchange_precision, sigmas=sigmas, hierarchical=hierarchical,
-            listed=listed and len(groups) == 1, sends=sends, way=ReduceWay.of(plan, range(len(plan.specs))),
+            sends=sends, way=ReduceWay.of(plan, range(len(plan.specs))),
         )  # fmt: skip
         self._groups = [
             ExchangedGroup(
@@ -200,8 +204,11 @@ class ExchangedEmbedding:
         shape = (self.first + len(self._features), self.specs[0].dim)
         check_arrays(vectors, grad_vectors, capacity, shape, vectors.dtype)
         keys = self._device.zeros(max(1, len(self._features) * capacity * self.comm.size), np.int32)
+        listed = len(self._groups) == 1 and (self.listed_forward if grad_vectors is None else self._listed)
         made = [
-            group.buffers(capacity, vectors, grad_vectors, keys, capacities if group.whole else None)
+            group.buffers(
+                capacity, vectors, grad_vectors, keys, capacities=capacities if group.whole else None, listed=listed
+            )
             for group in self._groups
         ]
         return ExchangeBuffers(
@@ -264,19 +271,31 @@ class ExchangedEmbedding:
         for other in buffers.groups[1:]:
             self._device.xp.bitwise_or(flag, other.lists.flag, out=flag)
 
+    def sum_replicated(self, buffers: ExchangeBuffers) -> None:
+        """Sum this rank's gradients of replicated rows; ``grad_dist`` may be under way meanwhile.
+
+        Raises:
+            ConfigError: the buffers are forward only.
+        """
+        self._each(buffers, lambda group, own: group.sum_replicated(own))
+
     def grad_dist(self, buffers: ExchangeBuffers) -> None:
-        """Send the gradients ``grad_vectors`` to the owners, and sum those of replicated rows.
+        """Send the gradients ``grad_vectors`` to the owners.
 
         Raises:
             ConfigError: the buffers are forward only.
         """
         self._each(buffers, lambda group, own: group.grad_dist(own))
 
+    def reduce_replicated(self, buffers: ExchangeBuffers) -> None:
+        """Sum what ``sum_replicated`` has summed over the ranks (collective)."""
+        self._each(buffers, lambda group, own: group.reduce_replicated(own))
+
     def sparse_update(self, buffers: ExchangeBuffers, scalars: Array, guard: Array) -> None:
         """Update the rows that the global batch looked up, from gradients times the loss scale.
 
         Args:
-            buffers: after ``grad_dist``.
+            buffers: after ``grad_dist`` and ``reduce_replicated``.
             scalars: see ``dlrm.scalars``.
             guard: see ``dlrm.scalars``; ``raise_overflow`` has been called for this batch.
         """

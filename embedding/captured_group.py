@@ -62,7 +62,6 @@ class ExchangeForm:
     precision: Precision
     sigmas: float
     hierarchical: bool
-    listed: bool
     sends: bool
     way: ReduceWay
 
@@ -132,9 +131,20 @@ class ExchangedGroup(HeldTables):
         vectors: Array,
         grad_vectors: Array | None,
         keys: Array,
-        capacities: tuple[int, ...] | None = None,
+        *,
+        capacities: tuple[int, ...] | None,
+        listed: bool,
     ) -> GroupBuffers:
-        """Room for one batch in flight, of one key a bag; ``keys`` are of all features, the rest is as there."""
+        """Room for one batch in flight, of one key a bag.
+
+        Args:
+            capacity: as ``ExchangedEmbedding.buffers`` has it, as ``vectors`` and ``grad_vectors``.
+            vectors: see there.
+            grad_vectors: see there.
+            keys: of all features.
+            capacities: see there.
+            listed: rows are not put into the vectors.
+        """
         vectors, grad_vectors = (
             None if array is None else array.reshape(len(array), self._group.num_places, self._dim)
             for array in (vectors, grad_vectors)
@@ -142,7 +152,8 @@ class ExchangedGroup(HeldTables):
         if capacities is None:
             of = self._group.features.tolist()
             capacities = pair_capacities(self._group.plan, capacity, self._shares, self._form.sigmas, self.room, of)
-        return self._make(capacity, vectors, grad_vectors, keys, capacities, self._most.times(self.room))
+        most = self._most.times(self.room)
+        return self._make(capacity, vectors, grad_vectors, keys, capacities, most, listed=listed)
 
     def make_room(self, buffers: GroupBuffers) -> None:
         """Have the lists of buffers that are made from now on hold a quarter more than this batch needs.
@@ -164,7 +175,7 @@ class ExchangedGroup(HeldTables):
         call(self._device, count_pairs, buffers.named, global_rows, self._placed.layout, buffers.lists)
         capacities = self._device.to_host(buffers.lists.totals).max(axis=1).tolist()
         same = buffers.capacity, buffers.vectors, buffers.grad_vectors, buffers.keys
-        made = self._make(*same, tuple(capacities), MostRows())
+        made = self._make(*same, tuple(capacities), MostRows(), listed=buffers.listed)
         made.exact = True
         self.input_dist(made, rows, global_rows)
         return made
@@ -177,6 +188,8 @@ class ExchangedGroup(HeldTables):
         keys: Array,
         capacities: tuple[int, ...],
         most: MostRows,
+        *,
+        listed: bool,
     ) -> GroupBuffers:
         device, placed = self._device, self._placed
         trains = grad_vectors is not None
@@ -189,7 +202,7 @@ class ExchangedGroup(HeldTables):
             capacity,
             capacities,
             own=trains and self._adds,
-            listed=trains and self._form.listed,
+            listed=listed,
             relay_start=relay,
             relay_size=size,
             even=self._once,
@@ -265,7 +278,7 @@ class ExchangedGroup(HeldTables):
     def lookup(self, buffers: GroupBuffers, *, local: bool = True) -> None:
         """Put the rows that others ask for side by side, and with ``local`` those that lie here into the vectors."""
         buffers.route.pack(self._placed.store.weight)
-        if local and not len(buffers.lists.sources):
+        if local and not buffers.listed:
             self.lookup_local(buffers)
 
     def lookup_local(self, buffers: GroupBuffers) -> None:
@@ -276,28 +289,38 @@ class ExchangedGroup(HeldTables):
 
     def output_dist(self, buffers: GroupBuffers) -> None:
         """Bring the rows to the ranks that ask for them."""
-        buffers.route.outward(None if len(buffers.lists.sources) else self._flat(buffers.vectors))
+        buffers.route.outward(None if buffers.listed else self._flat(buffers.vectors))
         if self._told_by_pairs:
             self.comm.all_reduce(buffers.lists.flag, "max").wait()
 
-    def grad_dist(self, buffers: GroupBuffers) -> None:
-        """Send the gradients ``grad_vectors`` to the owners, and sum those of replicated rows.
+    def sum_replicated(self, buffers: GroupBuffers) -> None:
+        """Sum this rank's gradients of replicated rows.
 
         Raises:
             ConfigError: the buffers are forward only.
         """
         check_trains(buffers.grad_vectors)
-        gradients = None if self._form.listed and self._form.sends else self._flat(buffers.grad_vectors)
+        self._sums.sum(buffers.lists, buffers.num_rows, buffers.order, buffers.grad_vectors)
+
+    def reduce_replicated(self, buffers: GroupBuffers) -> None:
+        """Sum them over the ranks."""
+        self._sums.reduce(buffers.touched)
+
+    def grad_dist(self, buffers: GroupBuffers) -> None:
+        """Send the gradients ``grad_vectors`` to the owners.
+
+        Raises:
+            ConfigError: the buffers are forward only.
+        """
+        check_trains(buffers.grad_vectors)
+        gradients = None if buffers.listed and self._form.sends else self._flat(buffers.grad_vectors)
         buffers.route.inward(gradients, buffers.scale(self.comm.size), own=not self._adds)
-        self._sums.reduce(
-            buffers.lists, buffers.num_rows, buffers.order, buffers.touched, buffers.grad_vectors
-        )  # fmt: skip
 
     def sparse_update(self, buffers: GroupBuffers, scalars: Array, guard: Array) -> None:
         """Update the rows that the global batch looked up, from gradients times the loss scale.
 
         Args:
-            buffers: after ``grad_dist``.
+            buffers: after ``grad_dist`` and ``reduce_replicated``.
             scalars: see ``dlrm.scalars``.
             guard: see ``dlrm.scalars``; ``raise_overflow`` has been called for this batch.
         """

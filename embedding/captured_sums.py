@@ -101,16 +101,13 @@ class CapturedSums:
         # Keys of other rows stand for the last one, and so behind all that are summed.
         order.info[COUNT : COUNT + 1] = lists.replicated
 
-    def reduce(
-        self, lists: PairLists, rows: int, order: RowSort | None, touched: TouchedRows | None, gradients: Array
-    ) -> None:
-        """Sum a batch's gradients (collective).
+    def sum(self, lists: PairLists, rows: int, order: RowSort | None, gradients: Array) -> None:
+        """Sum a batch's gradients on this rank.
 
         Args:
             lists: of the batch.
             rows: B.
             order: as ``prepare`` left it.
-            touched: as ``prepare`` left it.
             gradients: [B or more, F, D]; those of other rows are not looked at.
         """
         if not self._placed.frequent:
@@ -118,6 +115,11 @@ class CapturedSums:
         self._sums.fill(0)
         if rows:
             self._sum(lists.frequent[: self._tables * rows], rows, order, gradients)
+
+    def reduce(self, touched: TouchedRows | None) -> None:
+        """Sum what ``sum`` has summed over the ranks (collective); ``touched`` as ``prepare`` left it."""
+        if not self._placed.frequent:
+            return
         if touched is None:
             self._comm.all_reduce(self._sums[: self._placed.frequent]).wait()
             return

@@ -9,6 +9,7 @@ Shapes: W ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Self
 
@@ -19,6 +20,7 @@ from cupy.cuda import nccl
 from dlrm.errors import CommError
 from embedding.comm import Comm, DoneEvent, Event, Reduction, broadcast_bytes
 from embedding.comm_watch import Watch
+from embedding.nccl_memory import nccl_memory
 
 _TYPES = {
     "float32": nccl.NCCL_FLOAT32,
@@ -54,6 +56,7 @@ class NcclComm:
         cupy.cuda.Device(device_index).use()
         self._comm = _start(host)
         self._parts: list[NcclComm] = []
+        self._memory = nccl_memory()
         self._own_watch = watch is None
         self._watch = Watch(host, _error_of) if watch is None else watch
         self._watch.add(self._comm)
@@ -113,6 +116,26 @@ class NcclComm:
             "broadcast", lambda: self._comm.broadcast(pointer, pointer, buffer.nbytes, nccl.NCCL_UINT8, root, stream)
         )
 
+    def room(self, shape: tuple[int, ...], dtype: Any) -> Any | None:
+        """Zeros whose exchange, once captured, writes straight into the peer's memory; ``None``: there are none.
+
+        NCCL opens such memory to its peers, and copies what lies elsewhere through buffers of its own. What is sent and
+        what is received have to be of one kind on all ranks.
+
+        Raises:
+            DeviceError: there is not enough memory left.
+        """
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if self._memory is None or not size:
+            return None
+        block, used = self._memory.take(size)
+        if used:
+            cupy.cuda.Device(self._index).synchronize()
+        memory = cupy.cuda.UnownedMemory(block.address, size, block, self._index)
+        array = cupy.ndarray(shape, dtype, memptr=cupy.cuda.MemoryPointer(memory, 0))
+        array.fill(0)
+        return array
+
     def split(self, color: int, key: int) -> Self:
         """See ``Comm.split``."""
         return self._part(self.host.split(color, key))
@@ -148,6 +171,8 @@ class NcclComm:
         self._watch.drop(self._comm)
         self._comm.destroy()
         self._comm = None
+        if self._memory is not None:
+            self._memory.close()
         if self._own_watch:
             self._watch.stop()
 

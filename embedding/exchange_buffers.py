@@ -56,6 +56,11 @@ class GroupBuffers(BatchBuffers):
         """What says where rows lie: the keys, or their places."""
         return self.keys if self.places is None else self.places
 
+    @property
+    def listed(self) -> bool:
+        """Whether rows are not put into the vectors: whoever reads them finds them by ``lists.sources``."""
+        return len(self.lists.sources) > 0
+
     def scale(self, ranks: int) -> float:
         """Factor of gradients on their way: fp16 has too few small numbers for those of fp32 without a loss scale."""
         if self.route.gradients.dtype != np.float16 or self.vectors.dtype == np.float16:

@@ -29,6 +29,13 @@ def call(device: Device, reference: Callable[..., Any], *arguments: Any, beside:
     (kernel or reference)(*arguments)
 
 
+def travelling(comm: Comm, device: Device, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Zeros that are exchanged again and again: in memory that the carrier prefers, where it has any (``room``)."""
+    make = getattr(comm, "room", None)
+    found = None if make is None else make(shape, dtype)
+    return device.zeros(shape, dtype) if found is None else found
+
+
 class Route(Protocol):
     """One batch's way between the ranks.
 
@@ -80,9 +87,9 @@ class FlatRoute:
         self._lists, self._comm, self._device = lists, comm, device
         self._own = lists.capacities[comm.rank]
         self._others = (comm.size - 1) * self._own
-        self.come = device.zeros((sum(lists.capacities) - self._own, dim), wire)
+        self.come = travelling(comm, device, (sum(lists.capacities) - self._own, dim), wire)
         self.keys, self.own = lists.given, self._own
-        self.gradients = device.zeros((len(lists.given), dim), wire)  # and rows on their way out
+        self.gradients = travelling(comm, device, (len(lists.given), dim), wire)  # and rows on their way out
         self.sent_rows = self._others, len(self.come)
 
     def prepare(self) -> None:

@@ -30,7 +30,7 @@ from pipeline.overlap import Schedule, choose
 from pipeline.plan_captured import ListRoom, agree_captured_plan, measure_lists
 from pipeline.schedule import EVAL_FUSED, Row, at_depth, ring_size
 from pipeline.stages import S
-from pipeline.stages_cuda import CudaStages
+from pipeline.stages_cuda import CudaStages, Fused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,7 @@ def build_captured(
     device: Device,
     first: int,
     room: Callable[[], ListRoom],
-    fused: bool = False,
+    fused: Fused,
     lists: FrequentLists | None = None,
 ) -> CapturedEmbedding | ExchangedEmbedding | ExchangedBags:
     """The tables of this rank.
@@ -123,7 +123,7 @@ def build_captured(
         device: this rank's GPU.
         first: place of table 0 in the vectors.
         room: finds out what lists have to hold, where there are several ranks.
-        fused: training runs look-up and interaction as one kernel.
+        fused: where look-up and interaction run as one kernel.
         lists: the frequent rows of tables that list them.
 
     Raises:
@@ -160,7 +160,7 @@ def _exchanged(
     device: Device,
     first: int,
     room: ListRoom,
-    fused: bool,
+    fused: Fused,
     lists: FrequentLists | None,
 ) -> ExchangedEmbedding | ExchangedBags:
     hierarchical = plan.all_to_all == "hierarchical"
@@ -184,8 +184,9 @@ def _exchanged(
     if room.bags is not None:
         return ExchangedBags(**shared, room=replace(room.bags, sigmas=room.sigmas))
     return ExchangedEmbedding(
-        **shared, shares=room.shares, sigmas=room.sigmas, most=room.most, listed=fused,
-        sends=fused and not scales_dynamically(config),  # which looks at all gradients before they travel
+        **shared, shares=room.shares, sigmas=room.sigmas, most=room.most, listed=fused.train,
+        listed_forward=fused.eval,
+        sends=fused.train and not scales_dynamically(config),  # which looks at all gradients before they travel
     )  # fmt: skip
 
 
@@ -198,7 +199,7 @@ def build_stages(
     device: Device,
     layout: Any,
     optimizer: DenseOptimizer,
-    fused_train: bool,
+    fused: Fused,
 ) -> CudaStages:
     """The stages over them."""
     dynamic = scales_dynamically(config)
@@ -220,10 +221,7 @@ def build_stages(
         loss_scale=scale,
         dynamic=dynamic,
         growth_interval=config.loss_scale_growth,
-        fused_eval=layout is not None
-        and layout.plain
-        and fuses("fused_eval", config.cuda.fused_eval, config, model, several=comm.size > 1),
-        fused_train=fused_train,
+        fused=fused,
         captures=carrier.captures,
     )
 
@@ -251,8 +249,8 @@ def fuses(field: str, wish: bool | str, config: RunConfig, model: DenseModel, *,
     if wish is True and not fits:
         raise DeviceError(
             f"cuda.{field}: {'several' if several else 'one or more'} ranks, {config.precision}, {model.num_vectors} "
-            f"vectors of {config.model.embedding_dim} columns, but it takes one rank (in training several, not "
-            f"by node or de-duplicated, no table column_wise), fp16 or bf16, at most {MOST_VECTORS} vectors and a "
+            f"vectors of {config.model.embedding_dim} columns, but it takes one rank, or several that exchange "
+            f"neither by node nor de-duplicated nor by columns; fp16 or bf16, at most {MOST_VECTORS} vectors and a "
             "multiple of 8 columns; set it to auto"
         )
     return bool(wish) and fits
@@ -321,18 +319,18 @@ def join_captured(
     cut = any(placement.kind == "column_wise" for placement in plan.placements)
     no_room = carrier.comm is not None and (cut or deduplicates(plan) or plan.all_to_all == "hierarchical")
     layout = dataset.layout
-    fused_train = (
-        layout is not None
-        and layout.plain
-        and fuses("fused_train", config.cuda.fused_train, config, model, several=no_room)
+    plain = layout is not None and layout.plain
+    fused = Fused(
+        train=plain and fuses("fused_train", config.cuda.fused_train, config, model, several=no_room),
+        eval=plain and fuses("fused_eval", config.cuda.fused_eval, config, model, several=no_room),
     )
     embedding = build_captured(
         config, plan, carrier, nodes, device, model.first,
-        lambda: measure_lists(config, dataset, plan, nodes, lists), fused_train, lists,
+        lambda: measure_lists(config, dataset, plan, nodes, lists), fused, lists,
     )  # fmt: skip
     stages = build_stages(
         config, model=model, embedding=embedding, carrier=carrier, device=device, layout=layout,
-        optimizer=optimizer, fused_train=fused_train,
+        optimizer=optimizer, fused=fused,
     )  # fmt: skip
     train = choose(config.overlap, "train", None, exchanged=carrier.comm is not None)
     evaluation = choose(config.overlap, "eval", None)
@@ -342,7 +340,7 @@ def join_captured(
         "embedding": embedding,
         "stages": stages,
         "train_schedule": guarded(train if carrier.comm is None else looking_up_beside(train), stages),
-        "eval_schedule": fused_schedule(evaluation) if stages.fused else evaluation,
+        "eval_schedule": fused_schedule(evaluation) if fused.eval and carrier.comm is None else evaluation,
         "carrier": carrier.comm if carrier.name == "nccl" else None,
         "carrier_name": carrier.name,
         "release": carrier.close,

@@ -8,7 +8,9 @@ from typing import Any
 from embedding.placement import Plan
 from pipeline.stages import S
 
-_EMBEDDING_LANE = (S.input_dist, S.lookup, S.output_dist, S.grad_dist, S.sparse_update)
+_EMBEDDING_LANE = (
+    S.input_dist, S.lookup, S.output_dist, S.sum_replicated, S.grad_dist, S.reduce_replicated, S.sparse_update,
+)  # fmt: skip
 _REPLICATING = ("hybrid", "replicated")
 
 

@@ -33,7 +33,9 @@ class S(StrEnum):
     top_forward = "top_forward"
     loss = "loss"
     top_backward = "top_backward"
+    sum_replicated = "sum_replicated"
     grad_dist = "grad_dist"
+    reduce_replicated = "reduce_replicated"
     bottom_backward = "bottom_backward"
     top_weight_backward = "top_weight_backward"
     reduce_dense = "reduce_dense"
@@ -218,13 +220,18 @@ class Stages:
         """Top MLP and interaction backward, down to the vectors."""
         self.model.top_data_backward(flight.workspace, flight.rows)
 
-    @uses(
-        reads="keys embedding.keys grad_vectors.tables",
-        writes="embedding.rows embedding.replicated exchange.pool",
-    )
+    @uses(reads="keys embedding.keys grad_vectors.tables", writes="embedding.replicated")
+    def sum_replicated(self, flight: Flight) -> None:
+        """Sum this rank's gradients of rows that lie on every rank; CPUs do it while those of ``grad_dist`` travel."""
+
+    @uses(reads="keys embedding.keys grad_vectors.tables", writes="embedding.rows exchange.pool")
     def grad_dist(self, flight: Flight) -> None:
         """Send the vectors' gradients to the tables' owners."""
         self.embedding.grad_dist(flight.embedding)
+
+    @uses(reads="embedding.replicated", writes="embedding.replicated exchange.pool")
+    def reduce_replicated(self, flight: Flight) -> None:
+        """Sum the gradients of rows that lie on every rank over the ranks; ``grad_dist`` has done it on CPUs."""
 
     @uses(
         reads="dense grad_vectors.bottom activations.bottom vectors.bottom weights.bottom",

@@ -37,6 +37,14 @@ from pipeline.record_loader import BagCheck, RecordBatch
 from pipeline.stages import S, Stages
 
 
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """Where look-up and interaction run as one kernel."""
+
+    train: bool = False
+    eval: bool = False
+
+
 @dataclass(slots=True, kw_only=True)
 class Staging:
     """What a Flight has on a GPU besides.
@@ -47,8 +55,8 @@ class Staging:
             over.
         partials: room for the sum of the loss.
         brought: how batches come.
-        fused: look-up and interaction run as one kernel: in training that of ``top_forward``, in a forward pass that of
-            ``lookup``, behind the bottom MLP.
+        fused: look-up and interaction run as one kernel: in training that of ``top_forward``; in a forward pass that of
+            ``lookup``, behind the bottom MLP, or on several GPUs of ``top_forward`` too, behind ``output_dist``.
         beside: rows that lie here are looked up beside the exchange of the others.
     """
 
@@ -101,8 +109,7 @@ class CudaStages(Stages):
         loss_scale: factor of all gradients at the start.
         dynamic: whether it changes, and steps with gradients that are not finite are skipped.
         growth_interval: good steps after which it is doubled.
-        fused_eval: whether forward passes run look-up and interaction as one kernel.
-        fused_train: whether training does.
+        fused: where look-up and interaction run as one kernel.
         captures: whether steps may be captured into graphs.
     """
 
@@ -122,8 +129,7 @@ class CudaStages(Stages):
         loss_scale: float,
         dynamic: bool,
         growth_interval: int,
-        fused_eval: bool,
-        fused_train: bool,
+        fused: Fused,
         captures: bool = True,
     ) -> None:
         super().__init__(
@@ -135,7 +141,7 @@ class CudaStages(Stages):
         self._of_keys = embedding if isinstance(embedding, ExchangedEmbedding) else None  # not of bags
         self._overflows = 0
         self._dense, self._tables, self._seed = dense, tables, seed
-        self.fused, self._fused_train = fused_eval, fused_train
+        self.fused = fused
         self.dynamic, self._growth = dynamic, growth_interval
         xp = device.xp
         self.guard = xp.asarray(write_guard(np.empty(SIZE, np.float32), loss_scale))
@@ -151,8 +157,8 @@ class CudaStages(Stages):
             outcome=device.zeros(2, np.float64),
             partials=device.empty(partials_of(capacity), np.float64),
             brought=self._intake.room(flight, batch_rows),
-            fused=self._fused_train if training else self.fused,
-            beside=training and self._of_keys is not None and not self._fused_train,
+            fused=self.fused.train if training else self.fused.eval,
+            beside=training and self._of_keys is not None and not self.fused.train,
         )
         flight.staging = staging
         return flight
@@ -237,7 +243,7 @@ class CudaStages(Stages):
         self._tables_of_rank.input_dist(flight.embedding, flight.rows, flight.global_rows)
 
     def lookup(self, flight: Flight) -> None:
-        """Gather and pool; in training nothing where the interaction does it, on several GPUs what travels alone."""
+        """Gather and pool; nothing where the interaction does it later, on several GPUs what travels alone."""
         if self._of_keys is not None:
             self._of_keys.lookup(flight.embedding, local=not flight.staging.beside)
         elif not flight.staging.fused:
@@ -256,7 +262,7 @@ class CudaStages(Stages):
         if not flight.staging.fused:
             self.model.top_forward(flight.workspace, flight.rows)
             return
-        if flight.workspace.grad_vectors is not None:
+        if self._of_keys is not None or flight.workspace.grad_vectors is not None:
             self._cross(flight)
         self.model.top_mlp_forward(flight.workspace, flight.rows)
 
@@ -298,6 +304,16 @@ class CudaStages(Stages):
         store = self._tables_of_rank.store
         keys = flight.embedding.keys[: len(store.row_start) * flight.rows]
         return flight.workspace.vectors[:, 0], store.weight, store.row_start, keys, flight.rows
+
+    def sum_replicated(self, flight: Flight) -> None:
+        """Sum this rank's gradients of rows that lie on every GPU."""
+        if self._exchanged is not None:
+            self._exchanged.sum_replicated(flight.embedding)
+
+    def reduce_replicated(self, flight: Flight) -> None:
+        """Sum them over the GPUs."""
+        if self._exchanged is not None:
+            self._exchanged.reduce_replicated(flight.embedding)
 
     def loss(self, flight: Flight) -> None:
         """Binary cross-entropy and its gradient, times the loss scale."""

@@ -22,7 +22,9 @@ from pipeline.stages import S
 DENSE_LANE = frozenset(
     {S.bottom_forward, S.top_forward, S.loss, S.top_backward, S.bottom_backward, S.top_weight_backward, S.dense_update}
 )
-EMBEDDING_LANE = frozenset({S.input_dist, S.lookup, S.output_dist, S.grad_dist, S.sparse_update})
+EMBEDDING_LANE = frozenset(
+    {S.input_dist, S.lookup, S.output_dist, S.sum_replicated, S.grad_dist, S.reduce_replicated, S.sparse_update}
+)
 """Upload and the dense all-reduce belong to neither lane."""
 
 

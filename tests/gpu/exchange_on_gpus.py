@@ -19,14 +19,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ranks"))
 
 import bag_exchange_cases as bc  # noqa: E402
 import comm_cases  # noqa: E402
+import cupy  # noqa: E402
 import exchange_cases as xc  # noqa: E402
 import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 from dlrm.cuda import CudaDevice, count_gpus  # noqa: E402
+from dlrm.errors import DeviceError  # noqa: E402
 from embedding.comm import SingleComm  # noqa: E402
 from embedding.comm_mpi import world  # noqa: E402
 from embedding.comm_nccl import NcclComm  # noqa: E402
 from embedding.comm_staged import StagedComm  # noqa: E402
+from embedding.exchange_route import travelling  # noqa: E402
+from embedding.nccl_memory import nccl_memory  # noqa: E402
 from embedding.topology import discover  # noqa: E402
 from pipeline.metrics import evaluate_scores  # noqa: E402
 
@@ -116,11 +121,33 @@ def check_metrics(host: Any, carrier: Any, device: CudaDevice) -> None:
     assert evaluate_scores(rows[share], truth[share], host, device, carrier) == expected
 
 
+def check_room(comm: Any, device: CudaDevice) -> None:
+    """What is exchanged lies in memory that NCCL opens to peers, and is not handed out twice."""
+    memory = nccl_memory()
+    assert memory is not None
+    with pytest.raises(DeviceError, match="cannot be had of NCCL"):
+        memory.take(1 << 50)
+    assert comm.room((0, 4), np.float32) is None
+    made = [travelling(comm, device, (size, 4), np.float32) for size in (3, 1000, 0, 3)]
+    addresses = {array.data.ptr for array in made if array.size}
+    assert len(addresses) == 3
+    for array in made:
+        assert array.size == 0 or isinstance(array.data.mem, cupy.cuda.UnownedMemory)
+        assert not device.to_host(array).any()
+        array.fill(7)
+    del made, array
+    again = travelling(comm, device, (999, 4), np.float32)
+    assert again.data.ptr in addresses
+    assert not device.to_host(again).any()
+
+
 def main() -> None:
     carrier = sys.argv[1]
     host = world(launched_ranks())
     device = CudaDevice(discover(host).local_rank % count_gpus())
     comm: Any = NcclComm(host, device.index) if carrier == "nccl" else StagedComm(host, device)
+    if carrier == "nccl":
+        check_room(comm, device)
     comm_cases.run_all(OnDevice(comm, device))
     check_metrics(host, comm, device)
     for case in xc.CASES:

@@ -166,6 +166,21 @@ def test_more_ranks_than_gpus_share_them(alone: tuple[np.ndarray, dict[str, Any]
     assert records(tmp_path / "run", "start")[0]["carrier"] == "staged"
 
 
+def test_evaluations_are_the_same_to_the_last_bit_in_every_form(tmp_path: Path) -> None:
+    """Rows side by side or where the interaction finds them, one batch after the other or three in flight."""
+    need_gpus(2)
+    found = {}
+    for fused in (True, False):
+        for overlapped in ("always", False):
+            changes: dict[str, Any] = {
+                "precision": "fp16", "deterministic": True, "cuda": {"fused_eval": fused},
+                "overlap": {"eval": overlapped}, "train": {"max_steps": 20}, "eval": {"batch_size": 3_000}, **PLACED,
+            }  # fmt: skip
+            report = train(config_of(tmp_path / f"{fused}-{overlapped}", **changes), 2)
+            found[fused, overlapped] = report["auc"], report["log_loss"]
+    assert len(set(found.values())) == 1
+
+
 def test_deterministic_runs_are_equal_to_the_last_bit(tmp_path: Path) -> None:
     need_gpus(2)
     forms = {

@@ -13,7 +13,7 @@ import rank_threads
 from run_cases import emulate, losses, records, run, values
 
 from dlrm.errors import DeviceError
-from dlrm.interaction import listed_interaction_backward
+from dlrm.interaction import listed_interaction, listed_interaction_backward
 from dlrm.scalars import SKIPPED_STEPS
 from embedding.captured_exchange import ExchangedEmbedding
 from embedding.captured_sums import CapturedSums
@@ -263,6 +263,45 @@ def test_rows_that_the_interaction_finds_train_like_rows_side_by_side(
     assert (records(tmp_path / "True", "step")[-1]["overflows"] > 0) == (name == "run over")
 
 
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # what was not fetched is any number
+@pytest.mark.parametrize("sigmas", [10.0, -10.0], ids=["", "run over"])
+def test_evaluations_over_ranks_are_the_same_to_the_last_bit_in_every_form(
+    emulated: Any, sigmas: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows side by side or where the interaction finds them, one batch after the other or three in flight."""
+    measure, calls, found, again = engine_cuda.measure_lists, [], {}, []
+    monkeypatch.setattr(engine_cuda, "measure_lists", lambda *rest: replace(measure(*rest), sigmas=sigmas))
+    run_exact = CudaStages.run_exact
+
+    def noted(self: CudaStages, batch: Any, flight: Flight, last: S) -> None:
+        again.append(last)
+        run_exact(self, batch, flight, last)
+
+    monkeypatch.setattr(CudaStages, "run_exact", noted)
+    monkeypatch.setattr(ExchangedEmbedding, "make_room", lambda *_: None)  # the training's batch would make enough
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(arguments)
+        return listed_interaction(*arguments, **named)
+
+    monkeypatch.setattr("pipeline.stages_cuda.listed_interaction", counted)
+    for fused in (False, True):
+        for overlapped in (False, "always"):
+            assert bool(calls) == (fused and bool(overlapped))
+            options: dict[str, Any] = {
+                "train": {"max_steps": 1},
+                "precision": "fp16",
+                "deterministic": True,
+                "cuda": {"fused_train": False, "fused_eval": fused},
+                "overlap": {"eval": overlapped},
+            }
+            report = run_on(3, tmp_path / f"{fused}-{overlapped}", emulated, **options).report
+            found[fused, overlapped] = report["auc"], report["log_loss"]
+            assert (S.top_forward in again) == (sigmas < 0)
+            again.clear()
+    assert len(set(found.values())) == 1
+
+
 @pytest.mark.parametrize(
     "exchange", [{"deduplicate": True}, {"placement": "column_wise"}, {"nodes": 2, "all_to_all": "hierarchical"}]
 )
@@ -270,7 +309,7 @@ def test_one_kernel_for_look_up_and_interaction_is_refused_where_it_cannot_be(
     emulated: Any, exchange: dict[str, Any], tmp_path: Path
 ) -> None:
     form = {"precision": "fp16", "cuda": {"fused_train": True}}
-    with pytest.raises(DeviceError, match="not by node or de-duplicated, no table column_wise"):
+    with pytest.raises(DeviceError, match="neither by node nor de-duplicated nor by columns"):
         run_on(2, tmp_path, emulated, embedding=exchange, **form)
 
 
@@ -286,5 +325,5 @@ def test_a_batch_that_fills_some_ranks_shares_alone_is_not_whole() -> None:
 @pytest.mark.parametrize("rows", [TRAIN_OVERLAPPED, TRAIN_EXCHANGED, EVAL_OVERLAPPED])
 def test_one_stream_has_all_exchanges(rows: Any) -> None:
     """So that one communicator serves them."""
-    exchanges = {S.input_dist, S.output_dist, S.grad_dist, S.reduce_dense}
+    exchanges = {S.input_dist, S.output_dist, S.grad_dist, S.reduce_replicated, S.reduce_dense}
     assert len({row.stream for row in rows if row.stage in exchanges}) == 1

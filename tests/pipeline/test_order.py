@@ -17,7 +17,7 @@ from pipeline.schedule import (
     at_depth,
     ring_size,
 )
-from pipeline.stages import S
+from pipeline.stages import FIELDS, S
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -47,6 +47,17 @@ def test_overlapped_schedules_are_in_order_at_every_depth(name, depth, batches):
     rows = at_depth(OVERLAPPED[name], depth)
     assert ring_size(rows) <= depth
     assert faults_of(rows, batches) == []
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2, 3, 9])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_schedules_of_cpus_are_in_order_where_one_stage_does_what_three_do(depth, batches, monkeypatch):
+    """``grad_dist`` sums the gradients of replicated rows there, while the others' travel."""
+    reads, writes = FIELDS[S.grad_dist]
+    monkeypatch.setitem(FIELDS, S.grad_dist, (reads, writes | {"embedding.replicated"}))
+    for stage in (S.sum_replicated, S.reduce_replicated):
+        monkeypatch.setitem(FIELDS, stage, (frozenset(), frozenset()))
+    assert faults_of(at_depth(TRAIN_OVERLAPPED, depth), batches) == []
 
 
 @pytest.mark.parametrize(("rows", "index", "wait"), WAITS)

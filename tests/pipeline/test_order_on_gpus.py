@@ -93,6 +93,21 @@ def test_the_guard_cannot_be_deleted(flagged, gpus):
 
 
 @pytest.fixture
+def finding(monkeypatch):
+    """On several GPUs the interaction finds rows where they lie or have come to; gradients leave from there."""
+    for stage in (S.top_forward, S.top_backward):
+        declare(monkeypatch, stage, reads="embedding.keys embedding.rows")
+    declare(monkeypatch, S.top_backward, writes="embedding.rows")
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2, 3, 9])
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("table", [TRAIN_EXCHANGED, EVAL_OVERLAPPED], ids=["train", "eval"])
+def test_rows_are_found_once_they_have_come(finding, table, depth, batches):
+    assert faults_of(at_depth(table, depth), batches) == []
+
+
+@pytest.fixture
 def beside(monkeypatch):
     """On several GPUs the bottom layers' stage looks the rows up that lie here, by the batch's lists."""
     declare(monkeypatch, S.bottom_forward, reads="keys embedding.keys weights.tables", writes="vectors.own")

@@ -188,7 +188,9 @@ class Trainer:
         self.embedding.lookup(buffers)
         self.embedding.output_dist(buffers)
         self.embedding.raise_overflow(buffers, self.guard)
+        self.embedding.sum_replicated(buffers)
         self.embedding.grad_dist(buffers)
+        self.embedding.reduce_replicated(buffers)
         self.embedding.sparse_update(buffers, self.scalars, self.guard)
 
     def overflowed(self) -> bool:
