@@ -78,6 +78,7 @@ def watch_ours(config: Mapping[str, Any], ranks: int, folder: Path, options: arg
         "evaluation_share": sum(record["seconds"] for record in evals if record["step"] <= seen["step"]) / seconds,
         "checkpoint_share": sum(r["stall_s"] for r in records if r["type"] == "save") / seconds,
         "curve": [[record["step"], record["metrics"]["auc"]] for record in evals],
+        "evaluations_s": [record["seconds"] for record in evals],
     }
 
 
