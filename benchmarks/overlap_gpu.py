@@ -4,10 +4,9 @@
     mpirun -np 2 python -m mpi4py benchmarks/overlap_gpu.py        # two
 
 The product's evaluator and schedules, over rows that are made on the device, kept there, and evaluated again and again.
-One GPU: the whole evaluation (forward and exact metrics) in sequence and overlapped, and the same with look-up and
-interaction as one kernel; then training steps, with one kind of overlap after the other switched on. Several:
-evaluation in sequence and overlapped, for each placement of the tables. Variants take turns; medians. ``--device cpu``
-tries the program.
+The whole evaluation (forward and exact metrics) in sequence and overlapped, and the same with look-up and interaction
+as one kernel, on several GPUs for each placement of the tables; then training steps, with one kind of overlap after the
+other switched on. Variants take turns; medians. ``--device cpu`` tries the program.
 """
 
 from __future__ import annotations
