@@ -19,7 +19,7 @@ GROUPS = {
     "exchange": ("input_dist", "output_dist", "grad_dist", "reduce_replicated"),
     "look-up": ("lookup",),
     "update": ("sum_replicated", "sparse_update"),
-    "all-reduce": ("reduce_dense",),
+    "all-reduce": ("reduce_top", "reduce_bottom"),
     "dense": (
         "bottom_forward", "top_forward", "loss", "top_backward", "bottom_backward", "top_weight_backward",
         "dense_update",

@@ -65,7 +65,7 @@ STEPS: dict[str, set[S]] = {
     "and keys ahead": COPY | KEYS,
     "and rows beside the dense lane": COPY | KEYS | EXCHANGE,
 }
-"""What is overlapped, one kind after the other; all of ``TRAIN_OVERLAPPED`` besides ``reduce_dense`` in the last."""
+"""What is overlapped, one kind after the other; all of ``TRAIN_OVERLAPPED`` besides the dense sums in the last."""
 
 FORMS = ("sequential", "overlapped", "fused", "fused, overlapped")
 """Of evaluations; the last one is what runs take."""

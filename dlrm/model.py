@@ -84,7 +84,9 @@ class DenseModel:
         first: 1 with dense columns, else 0.
         dense_columns: columns of the dense input: N rounded up to ``device.column_multiple``; what is beyond N is 0.
         flat_parameters: all weights in one array, each input width rounded up as ``dense_columns`` is.
-        flat_gradients: all gradients in one array of the same order, so that one all-reduce sums them.
+        flat_gradients: all gradients in one array of the same order.
+        bottom_gradients: its part of the bottom MLP, which one all-reduce sums.
+        top_gradients: the rest, that of the top MLP.
         flat_weights: what the passes read: ``flat_parameters`` itself, or its copy in a narrower dtype.
         parameters: views by name, such as ``bottom.0.weight`` [out, in].
         gradients: the same views of the gradients.
@@ -119,6 +121,8 @@ class DenseModel:
         parameter_dtype = np.promote_types(self.dtype, np.float32)
         self.flat_parameters: Array = device.zeros(size, parameter_dtype)
         self.flat_gradients: Array = device.zeros(size, parameter_dtype)
+        begin = sum(math.prod(stored[name]) for name in bottom)
+        self.bottom_gradients, self.top_gradients = self.flat_gradients[:begin], self.flat_gradients[begin:]
         self.flat_weights: Array = self.flat_parameters
         if parameter_dtype != self.dtype:
             self.flat_weights = device.zeros(size, self.dtype)

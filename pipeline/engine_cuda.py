@@ -264,13 +264,13 @@ def guarded(schedule: Schedule, stages: CudaStages) -> Schedule:
     update = rows[S.sparse_update]
     if update.stream == "main":
         return schedule
-    rows[S.sparse_update] = replace(update, after=(*update.after, S.reduce_dense))
+    rows[S.sparse_update] = replace(update, after=(*update.after, S.reduce_bottom))
     # What a row waits for is issued before it: the update and the look-up of updated rows go behind the reduction.
     order = list(rows)
-    between = order[order.index(S.sparse_update) : order.index(S.reduce_dense)]
+    between = order[order.index(S.sparse_update) : order.index(S.reduce_bottom)]
     late = [stage for stage in between if stage in {S.sparse_update, S.lookup, S.output_dist}]
     order = [stage for stage in order if stage not in late]
-    at = order.index(S.reduce_dense) + 1
+    at = order.index(S.reduce_bottom) + 1
     order[at:at] = late
     return Schedule(tuple(rows[stage] for stage in order), schedule.reason)
 

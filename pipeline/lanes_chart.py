@@ -17,11 +17,12 @@ _MEMORY, _EXCHANGE, _DENSE = 58.0, 90.0, 172.0
 """Tops of the rows: look-ups and updates, exchanges (both the embedding lane), matrix products (the dense lane)."""
 _BOTTOM = _DENSE + _ROW + 6
 
-_EXCHANGES = frozenset({S.input_dist, S.output_dist, S.grad_dist, S.reduce_replicated, S.reduce_dense})
+_EXCHANGES = frozenset({S.input_dist, S.output_dist, S.grad_dist, S.reduce_replicated, S.reduce_top, S.reduce_bottom})
 _TONES = (("a", "look-up, update"), ("d", "exchange"), ("b", "dense"), ("muted", "neither lane"))
 _SHORT = {
-    S.input_dist: "keys", S.output_dist: "vectors", S.grad_dist: "gradients", S.reduce_dense: "all-reduce",
+    S.input_dist: "keys", S.output_dist: "vectors", S.grad_dist: "gradients", S.reduce_top: "all-reduce",
     S.sum_replicated: "sums", S.reduce_replicated: "all-reduce",
+    S.reduce_bottom: "all-reduce",
     S.lookup: "look-up", S.sparse_update: "update", S.upload: "upload", S.bottom_forward: "bottom",
     S.top_forward: "top", S.loss: "loss", S.top_backward: "top back", S.bottom_backward: "bottom back",
     S.top_weight_backward: "top weights", S.dense_update: "update",

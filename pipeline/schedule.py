@@ -46,11 +46,12 @@ TRAIN_OVERLAPPED = (
     Row(S.sum_replicated, "embedding", after=(S.top_backward,)),
     Row(S.grad_dist, "comm", after=(S.top_backward,)),
     Row(S.reduce_replicated, "comm", after=(S.sum_replicated,)),
-    Row(S.bottom_backward, "dense"),
     Row(S.top_weight_backward, "dense"),
-    Row(S.reduce_dense, "comm", after=(S.top_weight_backward,)),
+    Row(S.reduce_top, "comm", after=(S.top_weight_backward,)),
+    Row(S.bottom_backward, "dense"),
+    Row(S.reduce_bottom, "comm", after=(S.bottom_backward,)),
     Row(S.sparse_update, "embedding", after=(S.reduce_replicated,)),
-    Row(S.dense_update, "dense", after=(S.reduce_dense,)),
+    Row(S.dense_update, "dense", after=(S.reduce_bottom,)),
 )
 
 # On several GPUs the rows of batch i + 1 travel once batch i has updated them, so that none is stale, and beside weight
@@ -67,11 +68,12 @@ TRAIN_EXCHANGED = (
     Row(S.reduce_replicated, "comm", after=(S.sum_replicated,)),
     Row(S.sparse_update, "embedding", after=(S.reduce_replicated,)),
     Row(S.lookup, "embedding", after=(S.input_dist,), ahead=1),
+    Row(S.top_weight_backward, "dense"),
+    Row(S.reduce_top, "comm", after=(S.top_weight_backward,)),
     Row(S.output_dist, "comm", after=(S.lookup,), ahead=1),
     Row(S.bottom_backward, "dense"),
-    Row(S.top_weight_backward, "dense"),
-    Row(S.reduce_dense, "comm", after=(S.top_weight_backward,)),
-    Row(S.dense_update, "dense", after=(S.reduce_dense,)),
+    Row(S.reduce_bottom, "comm", after=(S.bottom_backward,)),
+    Row(S.dense_update, "dense", after=(S.reduce_bottom,)),
 )
 
 # The dense part of batch i beside the whole embedding lane of batch i + 1; one deeper, beside the keys of i + 2 too.

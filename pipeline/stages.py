@@ -36,9 +36,10 @@ class S(StrEnum):
     sum_replicated = "sum_replicated"
     grad_dist = "grad_dist"
     reduce_replicated = "reduce_replicated"
-    bottom_backward = "bottom_backward"
     top_weight_backward = "top_weight_backward"
-    reduce_dense = "reduce_dense"
+    reduce_top = "reduce_top"
+    bottom_backward = "bottom_backward"
+    reduce_bottom = "reduce_bottom"
     sparse_update = "sparse_update"
     dense_update = "dense_update"
 
@@ -233,6 +234,16 @@ class Stages:
     def reduce_replicated(self, flight: Flight) -> None:
         """Sum the gradients of rows that lie on every rank over the ranks; ``grad_dist`` has done it on CPUs."""
 
+    @uses(reads="activations.top grads.top", writes="gradients.top")
+    def top_weight_backward(self, flight: Flight) -> None:
+        """Gradients of the top MLP's weights, which nobody but the dense update waits for."""
+        self.model.top_weight_backward(flight.workspace, flight.rows)
+
+    @uses(reads="gradients.top", writes="gradients.top")
+    def reduce_top(self, flight: Flight) -> None:  # noqa: ARG002  every stage has the same signature
+        """Sum the top layers' gradients over ranks."""
+        self.comm.all_reduce(self.model.top_gradients).wait()
+
     @uses(
         reads="dense grad_vectors.bottom activations.bottom vectors.bottom weights.bottom",
         writes="grad_vectors.bottom scratch grads.bottom gradients.bottom",
@@ -242,15 +253,11 @@ class Stages:
         if self.model.first:
             self.model.bottom_backward(flight.dense[: flight.rows], flight.workspace, flight.rows)
 
-    @uses(reads="activations.top grads.top", writes="gradients.top")
-    def top_weight_backward(self, flight: Flight) -> None:
-        """Gradients of the top MLP's weights, which nobody but the dense update waits for."""
-        self.model.top_weight_backward(flight.workspace, flight.rows)
-
-    @uses(reads="gradients.top gradients.bottom", writes="gradients.top gradients.bottom")
-    def reduce_dense(self, flight: Flight) -> None:  # noqa: ARG002  every stage has the same signature
-        """Sum the dense gradients over ranks."""
-        self.comm.all_reduce(self.model.flat_gradients).wait()
+    @uses(reads="gradients.bottom", writes="gradients.bottom")
+    def reduce_bottom(self, flight: Flight) -> None:  # noqa: ARG002
+        """Sum the bottom layers' gradients over ranks."""
+        if self.model.first:
+            self.comm.all_reduce(self.model.bottom_gradients).wait()
 
     @uses(
         reads="keys embedding.keys embedding.rows embedding.replicated grad_vectors.tables weights.tables",

@@ -328,15 +328,19 @@ class CudaStages(Stages):
             self._exchanged.raise_overflow(flight.embedding, self.guard)
             staging.outcome[1:].view(np.int32)[1:] = flight.embedding.lists.flag
 
-    def reduce_dense(self, flight: Flight) -> None:
-        """Sum the dense gradients over ranks; with dynamic loss scaling, see whether all gradients are finite."""
-        gradients = self.model.flat_gradients
+    def reduce_top(self, flight: Flight) -> None:
+        """Sum the top layers' gradients over ranks."""
         if self.comm.size > 1:
-            self.comm.all_reduce(gradients).wait()
+            super().reduce_top(flight)
+
+    def reduce_bottom(self, flight: Flight) -> None:
+        """Sum those of the bottom layers; with dynamic loss scaling, see whether all gradients are finite."""
+        if self.comm.size > 1:
+            super().reduce_bottom(flight)
         if not self.dynamic:
             return
         check = self._kernel("dlrm.optim", "check_finite")
-        check(gradients, self.guard)
+        check(self.model.flat_gradients, self.guard)
         assert flight.workspace.grad_vectors is not None
         check(flight.workspace.grad_vectors[: flight.rows].reshape(-1), self.guard)
         if self.comm.size > 1:

@@ -222,8 +222,12 @@ def test_names_shapes_and_views():
         assert list(views) == list(shapes)
         flat[:] = np.arange(flat.size)
         np.testing.assert_array_equal(np.concatenate([view.ravel() for view in views.values()]), flat)
+    for part, gradients in (("bottom", model.bottom_gradients), ("top", model.top_gradients)):
+        own = [view.ravel() for name, view in model.gradients.items() if name.startswith(part)]
+        np.testing.assert_array_equal(np.concatenate(own), gradients)
     without_dense = make_model(num_dense=0, device=HostDevice())
     assert without_dense.first == 0
+    assert (len(without_dense.bottom_gradients), len(without_dense.top_gradients)) == (0, 7 * 3 + 7 + 6 * 7 + 6 + 6 + 1)
     assert without_dense.parameters["top.0.weight"].shape == (7, 3)
     assert not any(name.startswith("bottom") for name in without_dense.parameters)
 

@@ -141,15 +141,18 @@ def check_room(comm: Any, device: CudaDevice) -> None:
     assert not device.to_host(again).any()
 
 
-def main() -> None:
-    carrier = sys.argv[1]
-    host = world(launched_ranks())
-    device = CudaDevice(discover(host).local_rank % count_gpus())
-    comm: Any = NcclComm(host, device.index) if carrier == "nccl" else StagedComm(host, device)
-    if carrier == "nccl":
-        check_room(comm, device)
-    comm_cases.run_all(OnDevice(comm, device))
-    check_metrics(host, comm, device)
+def check_by_node(comm: Any, device: CudaDevice, host: Any) -> None:
+    """Rows that go by node are those that go from rank to rank, to the last bit; gradients come to the same."""
+    for nodes in (2, 4):
+        if host.size % nodes == 0 and host.size > nodes:
+            case = xc.ExchangeCase(seed=61 + nodes, nodes=nodes, batches=(96, 96, 13, 96))
+            by_node, flat = (xc.train(each, comm, device, host) for each in (case, replace(case, nodes=1)))
+            xc.check(case, by_node, xc.run_alone(case), comm.rank, comm.size)
+            np.testing.assert_array_equal(by_node.vectors[0], flat.vectors[0])
+
+
+def check_cases(comm: Any, device: CudaDevice, host: Any) -> None:
+    """All kinds of exchanges, as by one rank."""
     for case in xc.CASES:
         if host.size % case.nodes:
             continue
@@ -159,6 +162,20 @@ def main() -> None:
     for bags in bc.CASES:
         if host.size % bags.nodes == 0:
             xc.check(bags, bc.train(bags, comm, device, host), bc.run_alone(bags), comm.rank, comm.size)
+
+
+def main() -> None:
+    carrier = sys.argv[1]
+    host = world(launched_ranks())
+    device = CudaDevice(discover(host).local_rank % count_gpus())
+    comm: Any = NcclComm(host, device.index) if carrier == "nccl" else StagedComm(host, device)
+    if carrier == "nccl":
+        check_room(comm, device)
+    comm_cases.run_all(OnDevice(comm, device))
+    check_metrics(host, comm, device)
+    check_by_node(comm, device, host)
+    if carrier == "nccl" or host.size < 8:  # as many processes on one GPU take their time
+        check_cases(comm, device, host)
     if carrier == "nccl":
         forms: tuple[dict[str, Any], ...] = (
             {"kind": "sgd"}, {"kind": "adam"}, {"kind": "sgd", "kinds": xc.LISTED},

@@ -48,7 +48,8 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("carrier", "ranks"), [("nccl", 1), ("nccl", 2), ("nccl", 4), ("nccl", 8), ("staged", 2), ("staged", 4)]
+    ("carrier", "ranks"),
+    [("nccl", 1), ("nccl", 2), ("nccl", 4), ("nccl", 8), ("staged", 2), ("staged", 4), ("staged", 8)],
 )
 def test_tables_over_ranks_with_gpus(carrier: str, ranks: int) -> None:
     need_gpus(ranks if carrier == "nccl" else 1)

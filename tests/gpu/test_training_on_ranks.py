@@ -325,5 +325,5 @@ def test_a_batch_that_fills_some_ranks_shares_alone_is_not_whole() -> None:
 @pytest.mark.parametrize("rows", [TRAIN_OVERLAPPED, TRAIN_EXCHANGED, EVAL_OVERLAPPED])
 def test_one_stream_has_all_exchanges(rows: Any) -> None:
     """So that one communicator serves them."""
-    exchanges = {S.input_dist, S.output_dist, S.grad_dist, S.reduce_replicated, S.reduce_dense}
+    exchanges = {S.input_dist, S.output_dist, S.grad_dist, S.reduce_replicated, S.reduce_top, S.reduce_bottom}
     assert len({row.stream for row in rows if row.stage in exchanges}) == 1

@@ -72,7 +72,7 @@ def test_its_wait_cannot_be_deleted(fused):
 @pytest.fixture
 def flagged(monkeypatch):
     """With dynamic loss scaling: the reduction finds whether all gradients are finite, and no update goes before."""
-    declare(monkeypatch, S.reduce_dense, reads="grad_vectors.tables", writes="gradients.finite")
+    declare(monkeypatch, S.reduce_bottom, reads="gradients.top grad_vectors.tables", writes="gradients.finite")
     declare(monkeypatch, S.sparse_update, reads="gradients.finite")
     declare(monkeypatch, S.dense_update, reads="gradients.finite")
 
@@ -88,7 +88,7 @@ def test_no_table_is_updated_before_all_gradients_are_known_to_be_finite(flagged
 @pytest.mark.parametrize("gpus", TRAINING)
 def test_the_guard_cannot_be_deleted(flagged, gpus):
     schedules = [guarded(Schedule(at_depth(TRAINING[gpus], depth), ""), DYNAMIC).rows for depth in DEPTHS]
-    assert any(faults_of(without(rows, S.sparse_update, S.reduce_dense), 9) for rows in schedules)
+    assert any(faults_of(without(rows, S.sparse_update, S.reduce_bottom), 9) for rows in schedules)
     assert any(faults_of(at_depth(TRAINING[gpus], depth), 9) for depth in DEPTHS)
 
 
