@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from dlrm.errors import ConfigError
 from embedding.topology import share_of, start_of
 from pipeline.permutation import ROUNDS
-from pipeline.permutation_numba import permute
 
 Rows = NDArray[np.int64]
 Run = tuple[int, int]
@@ -237,6 +236,8 @@ class RowOrder:
         if count <= _MOST_DRAWN:
             with self._lock:
                 return self._all_blocks(epoch, window)[begin:end]
+        from pipeline.permutation_numba import permute
+
         blocks = np.empty(end - begin, np.int64)
         keys = self._generator(epoch, 1 + window).integers(0, 1 << 32, ROUNDS, dtype=np.uint32)
         permute(begin, keys, count, blocks)

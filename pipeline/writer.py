@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from dlrm.errors import DataError
 from embedding.jagged import Jagged
-from pipeline.formats import raw_numba
 from pipeline.formats.bags import bag_offsets, to_columns, to_jagged
 from pipeline.formats.output import SplitFiles, make_folders, remove_folders
 from pipeline.formats.raw import encode_rows
@@ -162,6 +161,8 @@ class DatasetWriter:
             )
         num_columns = int(self._columns[-1])
         if words.shape[0] and num_columns:
+            from pipeline.formats import raw_numba
+
             smallest, largest = np.full((2, num_columns), [[2**63 - 1], [-(2**63)]], np.int64)
             first, wide = 1 + len(self._dense.names), self._key_dtype == "int64"
             raw_numba.key_range(words, first, wide, smallest, largest)

@@ -19,7 +19,6 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from dlrm.config import describe_validation
 from dlrm.errors import DataError
-from pipeline.formats import block_numba
 from pipeline.manifest import KeyDtype, TableInfo
 
 DenseKind = Literal["float16", "float32", "int32", "natural"]
@@ -130,6 +129,8 @@ def check_block(block: Block, schema: Schema, where: Where) -> Block:
     Raises:
         DataError: a label is neither 0 nor 1, a dense value or weight is not finite, or a key lies outside its table.
     """
+    from pipeline.formats import block_numba
+
     columns, table_rows = schema.columns, schema.table_rows
     row, place = block_numba.find_fault(
         block.labels,
@@ -278,6 +279,8 @@ class RowSum:
 
     def add(self, block: Block) -> None:
         """Take a block in."""
+        from pipeline.formats import block_numba
+
         state = block_numba.sum_rows(
             self._state,
             block.labels,

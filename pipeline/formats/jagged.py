@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from dlrm.errors import DataError
 from embedding.jagged import Jagged
-from pipeline.formats import jagged_numba
 from pipeline.formats.batch import HostBatch, MappedFile
 from pipeline.formats.block import reversed_hint
 from pipeline.formats.raw import RowFiles, Rows
@@ -58,6 +57,8 @@ class _TableFiles:
             self.weights = files["weights"].view(np.float32)
 
     def count(self, rows: Rows, counts: Rows) -> None:
+        from pipeline.formats import jagged_numba
+
         b = jagged_numba.count_bags(self.bounds, rows, self.keys.size, self.table.hotness, counts)
         if b >= 0:
             row = int(rows[b])
@@ -76,6 +77,8 @@ class _TableFiles:
             self._files["weights"].release(4 * first, 4 * last)
 
     def copy(self, rows: Rows, starts: Rows, keys: NDArray[Any], weights: NDArray[np.float32] | None) -> None:
+        from pipeline.formats import jagged_numba
+
         b, place = jagged_numba.copy_bags(self.bounds, self.keys, rows, self.table.rows, starts, keys)
         if b >= 0:
             raise DataError(

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from dlrm.errors import DataError
 from embedding.jagged import Jagged
-from pipeline.formats import raw_numba
 from pipeline.formats.batch import HostBatch, MappedFile, allow_files
 from pipeline.formats.block import reversed_hint
 from pipeline.manifest import LabelDtype, Manifest, SplitInfo, row_words
@@ -132,6 +131,8 @@ class RowFiles:
         Raises:
             DataError: a label is neither 0 nor 1, or a dense value is not finite.
         """
+        from pipeline.formats import raw_numba
+
         info, dtype = self._manifest.dense, self._manifest.label_dtype
         words, inside, places = block
         b, column = raw_numba.gather_head(
@@ -241,6 +242,8 @@ class RawReader:
 
     def read_keys(self, rows: Rows) -> Jagged:
         """The keys alone of ``read``."""
+        from pipeline.formats import raw_numba
+
         num_tables, num_rows = self._table_rows.size, rows.size
         if self._one_hot:
             keys = np.empty((num_tables, num_rows), self._manifest.key_dtype)
@@ -277,6 +280,8 @@ class RawReader:
 
     def _fill_one_hot(self, rows: Rows, block: tuple[NDArray[np.int32], Rows, Rows], keys: NDArray[Any]) -> None:
         """Keys [T, B] of one of the blocks of ``rows``, written to their places."""
+        from pipeline.formats import raw_numba
+
         words, inside, places = block
         # Two narrow keys are loaded at once where every row starts at a multiple of 8 bytes.
         paired = not self._wide and words.shape[1] % 2 == 0
@@ -291,6 +296,8 @@ class RawReader:
     ) -> NDArray[np.float32] | None:
         if not self._manifest.weighted:
             return None
+        from pipeline.formats import raw_numba
+
         weights = np.empty(num_keys, np.float32)
         for words, inside, places in pieces:
             b, column = raw_numba.fill_weights(

@@ -76,6 +76,13 @@ def test_a_run_from_raw_files_loads_nothing_else(tmp_path, config) -> None:
     assert json.loads((tmp_path / "again" / "report.json").read_text())["log_loss"] == report["log_loss"]
 
 
+def test_who_trains_on_a_gpu_waits_for_no_compiler() -> None:
+    """numba takes a quarter of a second to load, and has nothing to do where rows come from a GPU or go to it."""
+    program = "import sys, pipeline.engine, pipeline.trainer; print(*sorted({'numba', 'llvmlite'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
 def test_a_parquet_set_says_what_it_needs(tmp_path, tiny_dataset, config) -> None:
     pytest.importorskip("pyarrow", reason="pyarrow is not installed: make install")
     convert(tiny_dataset(), tmp_path / "parquet", to="parquet")
