@@ -21,8 +21,7 @@ _EXCHANGES = frozenset({S.input_dist, S.output_dist, S.grad_dist, S.reduce_repli
 _TONES = (("a", "look-up, update"), ("d", "exchange"), ("b", "dense"), ("muted", "neither lane"))
 _SHORT = {
     S.input_dist: "keys", S.output_dist: "vectors", S.grad_dist: "gradients", S.reduce_top: "all-reduce",
-    S.sum_replicated: "sums", S.reduce_replicated: "all-reduce",
-    S.reduce_bottom: "all-reduce",
+    S.reduce_bottom: "all-reduce", S.reduce_replicated: "all-reduce", S.sum_replicated: "sums",
     S.lookup: "look-up", S.sparse_update: "update", S.upload: "upload", S.bottom_forward: "bottom",
     S.top_forward: "top", S.loss: "loss", S.top_backward: "top back", S.bottom_backward: "bottom back",
     S.top_weight_backward: "top weights", S.dense_update: "update",

@@ -7,10 +7,8 @@ from typing import Any
 
 from embedding.placement import Plan
 from pipeline.stages import S
+from pipeline.trace import EMBEDDING_LANE
 
-_EMBEDDING_LANE = (
-    S.input_dist, S.lookup, S.output_dist, S.sum_replicated, S.grad_dist, S.reduce_replicated, S.sparse_update,
-)  # fmt: skip
 _REPLICATING = ("hybrid", "replicated")
 
 
@@ -38,7 +36,8 @@ def plan_choice(plan: Plan, stages_ms: Mapping[str, float] | None) -> dict[str, 
     if plan.step_seconds is not None:
         facts["embedding_lane_predicted_ms"] = 1e3 * plan.step_seconds
     if stages_ms:
-        facts["embedding_lane_measured_ms"] = sum(stages_ms.get(str(stage), 0.0) for stage in _EMBEDDING_LANE)
+        lane = [stage for stage in S if stage in EMBEDDING_LANE]
+        facts["embedding_lane_measured_ms"] = sum(stages_ms.get(str(stage), 0.0) for stage in lane)
     if plan.alternatives or plan.trials:
         facts["plan_reason"] = why(plan)
     if plan.trials:

@@ -179,10 +179,11 @@ def obeys(plan: Plan, config: RunConfig, tables: Sequence[TableInfo], *, capture
     if plan.nodes > 1 and config.embedding.all_to_all not in ("auto", plan.all_to_all):
         return False
     limit = config.embedding.memory_limit_mib
-    # As it was planned, before rows were listed: their unused homes are not counted.
-    planned = replace(plan, placements=tuple(replace(place, listed=False) for place in plan.placements))
-    if limit is not None and planned.memory().max() > limit * 2**20:
-        return False
+    if limit is not None:
+        # As it was planned, before rows were listed: their unused homes are not counted.
+        planned = replace(plan, placements=tuple(replace(place, listed=False) for place in plan.placements))
+        if planned.memory().max() > limit * 2**20:
+            return False
     forced = forced_placements(config, tables)
     for spec, placement in zip(plan.specs, plan.placements, strict=True):
         rule = forced.get(spec.name, Forced())

@@ -305,16 +305,6 @@ class CudaStages(Stages):
         keys = flight.embedding.keys[: len(store.row_start) * flight.rows]
         return flight.workspace.vectors[:, 0], store.weight, store.row_start, keys, flight.rows
 
-    def sum_replicated(self, flight: Flight) -> None:
-        """Sum this rank's gradients of rows that lie on every GPU."""
-        if self._exchanged is not None:
-            self._exchanged.sum_replicated(flight.embedding)
-
-    def reduce_replicated(self, flight: Flight) -> None:
-        """Sum them over the GPUs."""
-        if self._exchanged is not None:
-            self._exchanged.reduce_replicated(flight.embedding)
-
     def loss(self, flight: Flight) -> None:
         """Binary cross-entropy and its gradient, times the loss scale."""
         rows, work, staging = flight.rows, flight.workspace, flight.staging
@@ -328,23 +318,26 @@ class CudaStages(Stages):
             self._exchanged.raise_overflow(flight.embedding, self.guard)
             staging.outcome[1:].view(np.int32)[1:] = flight.embedding.lists.flag
 
-    def reduce_top(self, flight: Flight) -> None:
-        """Sum the top layers' gradients over ranks."""
-        if self.comm.size > 1:
-            super().reduce_top(flight)
+    def sum_replicated(self, flight: Flight) -> None:
+        """Sum this rank's gradients of rows that lie on every GPU."""
+        if self._exchanged is not None:
+            self._exchanged.sum_replicated(flight.embedding)
+
+    def reduce_replicated(self, flight: Flight) -> None:
+        """Sum them over the GPUs."""
+        if self._exchanged is not None:
+            self._exchanged.reduce_replicated(flight.embedding)
 
     def reduce_bottom(self, flight: Flight) -> None:
-        """Sum those of the bottom layers; with dynamic loss scaling, see whether all gradients are finite."""
-        if self.comm.size > 1:
-            super().reduce_bottom(flight)
+        """Sum the bottom layers' gradients; with dynamic loss scaling, see whether all gradients are finite."""
+        super().reduce_bottom(flight)
         if not self.dynamic:
             return
         check = self._kernel("dlrm.optim", "check_finite")
         check(self.model.flat_gradients, self.guard)
         assert flight.workspace.grad_vectors is not None
         check(flight.workspace.grad_vectors[: flight.rows].reshape(-1), self.guard)
-        if self.comm.size > 1:
-            self.comm.all_reduce(self.guard[NOT_FINITE : NOT_FINITE + 1].view(np.int32), "max").wait()
+        self.comm.all_reduce(self.guard[NOT_FINITE : NOT_FINITE + 1].view(np.int32), "max").wait()
 
     def sparse_update(self, flight: Flight) -> None:
         """Update the rows that the batch touched."""
