@@ -6,8 +6,9 @@ Shapes: R rows of a table, K keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -41,27 +42,31 @@ class RowCounts:
         self.counts: list[NDArray[np.int32]] = [np.zeros(min(1024, size), np.int32) for size in self._rows]
         self.lookups = [0] * len(self._rows)
 
-    def add(self, keys: Jagged) -> None:
+    def add(self, keys: Jagged, each: Callable[..., Iterable[None]] = map) -> None:
         """Count one batch's keys; they have been checked against the tables.
 
         Args:
             keys: of all tables.
+            each: calls a function for every table, also in several threads.
         """
         self.samples += keys.num_rows
+        for _ in each(partial(self._add, keys), range(len(self._rows))):
+            pass
+
+    def _add(self, keys: Jagged, table: int) -> None:
         step = keys.num_rows
-        for table, size in enumerate(self._rows):
-            begin, end = (int(keys.offsets[(table + i) * step]) if keys.offsets is not None else (table + i) * step
-                          for i in (0, 1))  # fmt: skip
-            seen, times = np.unique(keys.keys[begin:end], return_counts=True)
-            if not len(seen):
-                continue
-            needed = int(seen[-1]) + 1
-            if len(self.counts[table]) < needed:
-                grown = np.zeros(min(size, max(needed, 2 * len(self.counts[table]))), np.int32)
-                grown[: len(self.counts[table])] = self.counts[table]
-                self.counts[table] = grown
-            self.counts[table][seen] += times.astype(np.int32)
-            self.lookups[table] += end - begin
+        begin, end = (int(keys.offsets[(table + i) * step]) if keys.offsets is not None else (table + i) * step
+                      for i in (0, 1))  # fmt: skip
+        seen, times = np.unique(keys.keys[begin:end], return_counts=True)
+        if not len(seen):
+            return
+        needed = int(seen[-1]) + 1
+        if len(self.counts[table]) < needed:
+            grown = np.zeros(min(self._rows[table], max(needed, 2 * len(self.counts[table]))), np.int32)
+            grown[: len(self.counts[table])] = self.counts[table]
+            self.counts[table] = grown
+        self.counts[table][seen] += times.astype(np.int32)
+        self.lookups[table] += end - begin
 
     def mean_hotness(self, table: int) -> float:
         """Keys of a bag on average; 1 where nothing was counted."""

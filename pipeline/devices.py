@@ -26,7 +26,7 @@ def make_device(config: RunConfig, topology: Topology, threads: int) -> Device:
         ConfigError: a precision that the CPU does not have.
         DeviceError: a GPU is asked for, and there is none for this rank.
     """
-    if config.device == "cpu" or (config.device == "auto" and not _sees_gpu(config)):
+    if not uses_gpu(config):
         half = {config.precision, config.table_precision} & {"fp16", "bf16"}
         if half:
             raise ConfigError(
@@ -38,6 +38,11 @@ def make_device(config: RunConfig, topology: Topology, threads: int) -> Device:
     from dlrm.cuda import CudaDevice, count_gpus
 
     return CudaDevice(topology.local_rank % max(1, count_gpus()), threads=threads, graphs=config.cuda.graphs)
+
+
+def uses_gpu(config: RunConfig) -> bool:
+    """Whether a run computes on GPUs: it insists, or has the choice and sees one."""
+    return config.device == "cuda" or (config.device == "auto" and _sees_gpu(config))
 
 
 def _sees_gpu(config: RunConfig) -> bool:

@@ -21,7 +21,7 @@ from embedding.topology import Topology, discover
 from pipeline.checkpoint import Checkpoint, check_compatible
 from pipeline.checkpoint_shards import pieces_of_shards, read_shards
 from pipeline.dataset import Dataset, load_dataset
-from pipeline.devices import DTYPES, make_device
+from pipeline.devices import DTYPES, make_device, uses_gpu
 from pipeline.formats.record_files import RecordLayout
 from pipeline.frequency_orders import FrequentLists, list_name
 from pipeline.overlap import Schedule, choose, no_gain_on_host
@@ -170,6 +170,11 @@ def build_engine(
         dataset.verify()
     topology = discover(comm)
     nodes = _supposed_nodes(config, comm, topology)
+    look = None
+    if comm.size > 1 and uses_gpu(config):
+        from pipeline.plan_captured import begin_look
+
+        look = begin_look(config, dataset, comm=comm, topology=nodes, threads=threads, saved=saved)
     device = make_device(config, machines or topology, threads)
     model = DenseModel(
         model=config.model,
@@ -188,7 +193,7 @@ def build_engine(
     if device.steps_behind:
         from pipeline.engine_cuda import join_captured
 
-        parts = join_captured(**common, **agreed)
+        parts = join_captured(**common, **agreed, look=look)
     else:
         parts = _join(**common, **agreed)
     return Engine(threads=threads, **common, **parts)

@@ -25,6 +25,7 @@ from embedding.topology import Topology
 from pipeline.checkpoint import Checkpoint
 from pipeline.dataset import Dataset
 from pipeline.devices import DTYPES
+from pipeline.first_look import FirstLook
 from pipeline.frequency_orders import FrequentLists
 from pipeline.overlap import Schedule, choose
 from pipeline.plan_captured import ListRoom, agree_captured_plan, measure_lists
@@ -109,7 +110,7 @@ def build_captured(
     topology: Topology,
     device: Device,
     first: int,
-    room: Callable[[], ListRoom],
+    room: ListRoom | None,
     fused: Fused,
     lists: FrequentLists | None = None,
 ) -> CapturedEmbedding | ExchangedEmbedding | ExchangedBags:
@@ -122,7 +123,7 @@ def build_captured(
         topology: of the ranks.
         device: this rank's GPU.
         first: place of table 0 in the vectors.
-        room: finds out what lists have to hold, where there are several ranks.
+        room: what lists have to hold, where there are several ranks.
         fused: where look-up and interaction run as one kernel.
         lists: the frequent rows of tables that list them.
 
@@ -130,8 +131,8 @@ def build_captured(
         ConfigError: several GPUs do not do what the plan says.
         DeviceError: they do not fit.
     """
-    if carrier.comm is not None:
-        return _exchanged(config, plan, carrier.comm, topology, device, first, room(), fused, lists)
+    if carrier.comm is not None and room is not None:
+        return _exchanged(config, plan, carrier.comm, topology, device, first, room, fused, lists)
     return CapturedEmbedding(
         specs=plan.specs,
         device=device,
@@ -304,8 +305,11 @@ def join_captured(
     optimizer: DenseOptimizer,
     saved: Checkpoint | None,
     local_ranks: int | None,
+    look: FirstLook | None,
 ) -> dict[str, Any]:
     """What an engine has on GPUs: its fields by name (collective).
+
+    ``look``: at the data, where there are several ranks.
 
     Raises:
         ConfigError: several GPUs do not do what the config or the data ask for.
@@ -314,7 +318,7 @@ def join_captured(
     carrier = make_carrier(config, comm, topology, device)
     plan, lists = agree_captured_plan(
         config, dataset, comm=comm, topology=nodes, device=device, carrier=carrier.comm, carrier_name=carrier.name,
-        sharing=carrier.sharing, local_ranks=local_ranks or topology.local_size, saved=saved,
+        sharing=carrier.sharing, local_ranks=local_ranks or topology.local_size, look=look, saved=saved,
     )  # fmt: skip
     cut = any(placement.kind == "column_wise" for placement in plan.placements)
     no_room = carrier.comm is not None and (cut or deduplicates(plan) or plan.all_to_all == "hierarchical")
@@ -326,7 +330,7 @@ def join_captured(
     )
     embedding = build_captured(
         config, plan, carrier, nodes, device, model.first,
-        lambda: measure_lists(config, dataset, plan, nodes, lists), fused, lists,
+        None if look is None else measure_lists(config, dataset, plan, nodes, lists, look), fused, lists,
     )  # fmt: skip
     stages = build_stages(
         config, model=model, embedding=embedding, carrier=carrier, device=device, layout=layout,

@@ -8,6 +8,7 @@ from typing import Any
 
 from dlrm.config import load_run_config
 from pipeline.entry import Process, run_process
+from pipeline.waking import wake_gpu
 
 
 def main(
@@ -37,13 +38,17 @@ def main(
     result: dict[str, Any] = {}
 
     def work(process: Process) -> int:
+        from embedding.topology import discover
+
+        run = load_run_config(config, overrides)
+        wake_gpu(run.device, discover(process.comm).local_rank)
+
         from pipeline.checkpoint import open_checkpoint
         from pipeline.config_agreement import agree_config
         from pipeline.engine import build_engine
         from pipeline.evaluator import evaluate
         from pipeline.summary import report_of, write_report
 
-        run = load_run_config(config, overrides)
         agree_config(run, process.comm)
         opened = open_checkpoint(Path(checkpoint), comm=process.comm)
         # On as many ranks as trained it, nothing has to be counted and measured again.

@@ -22,11 +22,10 @@ from embedding.plan_trial import plans_on_first_rank
 from embedding.topology import Topology
 from pipeline.checkpoint import Checkpoint
 from pipeline.dataset import Dataset
+from pipeline.first_look import FirstLook
 from pipeline.frequency_orders import FrequencyOrders, FrequentLists, may_list, saved_lists
 from pipeline.plan_agreement import leaves_places, link_rates
 from pipeline.planning import (
-    calibrate,
-    first_batches,
     memory_limit_bytes,
     obeys,
     plan_several,
@@ -36,7 +35,6 @@ from pipeline.planning import (
 
 _MEMORY_FOR_TABLES = 0.8
 """Of what a GPU has free: batches in flight need some."""
-_MOST_BATCHES = 64
 _SUPPOSED = PUBLISHED["h100"]
 """Rates where nothing may be measured."""
 
@@ -52,6 +50,7 @@ def agree_captured_plan(
     carrier_name: str,
     sharing: int,
     local_ranks: int,
+    look: FirstLook | None,
     saved: Checkpoint | None = None,
 ) -> tuple[Plan, FrequentLists]:
     """Plan and lists of a run on GPUs (collective); as ``agree_plan``, but nothing is tried.
@@ -66,6 +65,7 @@ def agree_captured_plan(
         carrier_name: what kind it is of.
         sharing: ranks on this rank's GPU.
         local_ranks: ranks on this machine.
+        look: at the data, where there are several ranks.
         saved: the checkpoint to go on from.
 
     Raises:
@@ -73,7 +73,7 @@ def agree_captured_plan(
         CheckpointError: the checkpoint lacks a list of its plan, or it is damaged.
     """
     specs = tuple(table_specs(config, dataset.tables))
-    if carrier is None:
+    if carrier is None or look is None:
         return plan_tables(config, dataset.tables, ranks=1), {}
     if saved is not None and "plan" in saved.meta:
         plan = plan_from_values(saved.meta["plan"])
@@ -82,9 +82,9 @@ def agree_captured_plan(
             return plan, saved_lists(saved, plan)
     limit = np.array([_memory_limit(config, device, sharing, local_ranks)], np.int64)
     comm.all_reduce(limit, "min").wait()
-    weighed = leaves_places(config, dataset) or (topology.num_nodes > 1 and config.embedding.all_to_all == "auto")
     links = _SUPPOSED
-    if weighed:
+    if _weighs(config, dataset, topology):
+        look.wait()  # who measures wants to be alone
         links = link_rates(
             config, comm, topology, lambda: probe_device(carrier, comm, topology, device), _SUPPOSED, carrier_name
         )
@@ -92,7 +92,7 @@ def agree_captured_plan(
     orders = FrequencyOrders()
 
     def make() -> list[Plan]:
-        known = calibrate(config, dataset) if weighed or may_list(config, dataset) else None
+        known = look.counts() if _counts(config, dataset, topology) else None
         plans = plan_several(
             config,
             dataset.tables,
@@ -109,6 +109,26 @@ def agree_captured_plan(
     plans = plans_on_first_rank(comm, make)
     orders.share(plans, comm)
     return plans[0], orders.lists_of(plans[0])
+
+
+def begin_look(
+    config: RunConfig, dataset: Dataset, *, comm: Comm, topology: Topology, threads: int, saved: Checkpoint | None
+) -> FirstLook:
+    """Begin to read what ``agree_captured_plan`` and ``measure_lists`` will ask this rank for."""
+    look = FirstLook(config, dataset, threads=threads)
+    # A checkpoint's plan is kept as a rule, so that nothing is counted.
+    look.begin(counts=comm.rank == 0 and saved is None and _counts(config, dataset, topology))
+    return look
+
+
+def _weighs(config: RunConfig, dataset: Dataset, topology: Topology) -> bool:
+    """Whether the plan has a choice."""
+    return leaves_places(config, dataset) or (topology.num_nodes > 1 and config.embedding.all_to_all == "auto")
+
+
+def _counts(config: RunConfig, dataset: Dataset, topology: Topology) -> bool:
+    """Whether rows are counted for the plan or its lists."""
+    return _weighs(config, dataset, topology) or may_list(config, dataset)
 
 
 def _memory_limit(config: RunConfig, device: Device, sharing: int, local_ranks: int) -> int:
@@ -136,17 +156,15 @@ class ListRoom:
 
 
 def measure_lists(
-    config: RunConfig, dataset: Dataset, plan: Plan, topology: Topology, lists: FrequentLists
+    config: RunConfig, dataset: Dataset, plan: Plan, topology: Topology, lists: FrequentLists, look: FirstLook
 ) -> ListRoom:
     """Look at the first rows in training order, as many as the larger of a training and an evaluation batch has."""
     frequent = check_lists(plan.specs, plan.placements, lists)
     wanted = max(config.data.batch_size, config.eval.batch_size)
-    batches, tables = min(-(-wanted // config.data.batch_size), _MOST_BATCHES), len(dataset.tables)
+    parts, tables = look.rows(), len(dataset.tables)
     nodes = None
     if plan.all_to_all == "hierarchical":
         nodes = [topology.ranks_of(node) for node in range(topology.num_nodes)]
-    with first_batches(config, dataset, batches) as loader:
-        parts = [batch.host.keys for batch in loader]
     if dataset.layout is None or not dataset.layout.plain:
         sample = BagSample.join(parts, tables)
         sample.keys = [places_of_rows(keys, rows) for keys, rows in zip(sample.keys, frequent, strict=True)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,23 +69,32 @@ def first_batches(config: RunConfig, dataset: Dataset, count: int) -> Loader:
     )
 
 
-def calibrate(config: RunConfig, dataset: Dataset) -> Calibration:
+def calibrate(config: RunConfig, dataset: Dataset, *, threads: int = 1) -> Calibration:
     """Count the first ``embedding.calibration_batches`` batches of the first epoch, or all it has.
+
+    Args:
+        config: of the run.
+        dataset: its training rows are counted.
+        threads: that count, each another table.
 
     Raises:
         DataError: a row of them is wrong.
     """
     counts = RowCounts([table.rows for table in dataset.tables])
     jagged = False
-    with first_batches(config, dataset, config.embedding.calibration_batches) as batches:
+    batches = first_batches(config, dataset, config.embedding.calibration_batches)
+    with ThreadPoolExecutor(max(1, threads)) as pool, batches:
         for batch in batches:
-            counts.add(batch.host.keys)
+            counts.add(batch.host.keys, pool.map)
             jagged = jagged or batch.host.keys.offsets is not None
+        # All training rows, where preparation has counted them, tell more than some batches.
+        frequencies = read_frequencies(dataset.path, dataset.manifest)
+        if not frequencies:
+            binned = pool.map(partial(_by_frequency, counts), range(len(dataset.tables)), dataset.tables)
+            frequencies = {info.name: found for info, found in zip(dataset.tables, binned, strict=True)}
     names = [table.name for table in dataset.tables]
     return Calibration(
-        # All training rows, where preparation has counted them, tell more than some batches.
-        frequencies=read_frequencies(dataset.path, dataset.manifest)
-        or {info.name: _by_frequency(counts, table, info) for table, info in enumerate(dataset.tables)},
+        frequencies=frequencies,
         hotness={name: counts.mean_hotness(table) for table, name in enumerate(names)},
         jagged=jagged,
         weighted=dataset.weighted,

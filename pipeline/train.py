@@ -16,6 +16,7 @@ from dlrm.config import RunConfig, load_run_config
 from dlrm.errors import STOPPED
 from pipeline.entry import Process, run_process
 from pipeline.threads import threads_per_rank
+from pipeline.waking import wake_gpu
 
 if TYPE_CHECKING:
     from embedding.comm import Comm
@@ -34,10 +35,14 @@ def train(config: RunConfig, *, comm: Comm | None = None, threads: int | None = 
         CrosslaneError: what is wrong with the config, the data or a checkpoint.
     """
     from embedding.comm import SingleComm
+    from embedding.topology import discover
+
+    comm, threads = comm or SingleComm(), threads_per_rank() if threads is None else threads
+    wake_gpu(config.device, discover(comm).local_rank)
+
     from pipeline.dedicated import EvaluationRank, assign_roles
     from pipeline.trainer import Trainer
 
-    comm, threads = comm or SingleComm(), threads_per_rank() if threads is None else threads
     if not config.eval.ranks:
         return Trainer(config, comm=comm, threads=threads).run()
     roles = assign_roles(config, comm)
