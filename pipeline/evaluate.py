@@ -41,7 +41,7 @@ def main(
         from embedding.topology import discover
 
         run = load_run_config(config, overrides)
-        wake_gpu(run.device, discover(process.comm).local_rank)
+        wake_gpu(run, discover(process.comm).local_rank)
 
         from pipeline.checkpoint import open_checkpoint
         from pipeline.config_agreement import agree_config

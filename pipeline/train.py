@@ -38,7 +38,7 @@ def train(config: RunConfig, *, comm: Comm | None = None, threads: int | None = 
     from embedding.topology import discover
 
     comm, threads = comm or SingleComm(), threads_per_rank() if threads is None else threads
-    wake_gpu(config.device, discover(comm).local_rank)
+    wake_gpu(config, discover(comm).local_rank)
 
     from pipeline.dedicated import EvaluationRank, assign_roles
     from pipeline.trainer import Trainer

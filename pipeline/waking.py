@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import ctypes
 from threading import Thread
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dlrm.config import RunConfig
 
 
-def wake_gpu(device: str, local_rank: int) -> Thread | None:
+def wake_gpu(config: RunConfig, local_rank: int) -> Thread | None:
     """Begin to load the driver and to make the context of this rank's GPU, which take half a second and no Python.
 
     Nothing is reported: whoever then asks for the GPU waits for as much as is left, and finds out what is wrong.
 
     Args:
-        device: of the config.
+        config: of the run.
         local_rank: this rank's number on its machine.
 
     Returns:
         The thread that does it; ``None``: the config wants no GPU.
     """
-    if device == "cpu":
+    if config.device == "cpu" or (config.device == "auto" and config.precision == "fp64"):
         return None
     thread = Thread(target=_wake, args=(local_rank,), name="waking", daemon=True)
     thread.start()

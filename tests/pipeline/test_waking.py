@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dlrm.config import RunConfig, parse_run_config
 from pipeline.waking import wake_gpu
 
 
@@ -34,6 +35,11 @@ class Driver:
         return 0
 
 
+def config_of(device: str, precision: str = "fp32") -> RunConfig:
+    model = {"embedding_dim": 8, "bottom_mlp": [8], "top_mlp": [1]}
+    return parse_run_config({"data": {"path": "set"}, "model": model, "device": device, "precision": precision})
+
+
 def wake(monkeypatch: pytest.MonkeyPatch, driver: Driver | OSError, local_rank: int) -> None:
     def load(name: str) -> Driver:
         assert name == "libcuda.so.1"
@@ -42,7 +48,7 @@ def wake(monkeypatch: pytest.MonkeyPatch, driver: Driver | OSError, local_rank: 
         return driver
 
     monkeypatch.setattr("pipeline.waking.ctypes.CDLL", load)
-    thread = wake_gpu("auto", local_rank)
+    thread = wake_gpu(config_of("auto"), local_rank)
     assert thread is not None
     thread.join(10)
     assert not thread.is_alive()
@@ -65,6 +71,7 @@ def test_without_a_driver_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     wake(monkeypatch, OSError("libcuda.so.1: cannot open shared object file"), 0)
 
 
-def test_a_run_on_cpus_wakes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", [("cpu", "fp32"), ("auto", "fp64")])
+def test_a_run_on_cpus_wakes_none(monkeypatch: pytest.MonkeyPatch, form: tuple[str, str]) -> None:
     monkeypatch.setattr("pipeline.waking.ctypes.CDLL", None)
-    assert wake_gpu("cpu", 0) is None
+    assert wake_gpu(config_of(*form), 0) is None
