@@ -131,7 +131,8 @@ def build_captured(
         ConfigError: several GPUs do not do what the plan says.
         DeviceError: they do not fit.
     """
-    if carrier.comm is not None and room is not None:
+    if carrier.comm is not None:
+        assert room is not None, "several ranks have lists"
         return _exchanged(config, plan, carrier.comm, topology, device, first, room, fused, lists)
     return CapturedEmbedding(
         specs=plan.specs,

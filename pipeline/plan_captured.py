@@ -73,8 +73,9 @@ def agree_captured_plan(
         CheckpointError: the checkpoint lacks a list of its plan, or it is damaged.
     """
     specs = tuple(table_specs(config, dataset.tables))
-    if carrier is None or look is None:
+    if carrier is None:
         return plan_tables(config, dataset.tables, ranks=1), {}
+    assert look is not None, "several ranks look at the data"
     if saved is not None and "plan" in saved.meta:
         plan = plan_from_values(saved.meta["plan"])
         same = (plan.ranks, plan.nodes, plan.specs) == (comm.size, topology.num_nodes, specs)
