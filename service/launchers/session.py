@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,13 @@ from dlrm.errors import STOPPED, LaunchError
 
 KNOWN_CODES = frozenset({0, 1, 2, 3, 4, 5, 6, 7, 8, STOPPED})
 """Exit codes that the engine chooses itself (dlrm/errors.py); any other one is a rank's death."""
+
+MPI_FOLDER = "PRTE_MCA_prte_local_tmpdir_base"
+"""Where mpirun of Open MPI 5 keeps its files; other starters do not know the variable.
+
+By default it is a folder in /tmp of mpirun's process id. One that was killed leaves it there, and the next mpirun that
+gets the same id ends at once with exit code 213 ("listener thread failed to start").
+"""
 
 _LOOK_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 0.5
@@ -100,15 +108,18 @@ class Session:
         self._next_step = 0.0
         self._sent: signal.Signals | None = None
         try:
-            self._process = subprocess.Popen(
-                list(command),
-                env=dict(env),
-                cwd=cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.PIPE if read_errors else subprocess.STDOUT if output else None,
-                start_new_session=True,
-            )
+            with contextlib.ExitStack() as folder:
+                made = tempfile.TemporaryDirectory(prefix="crosslane-mpi-", ignore_cleanup_errors=True)
+                self._process = subprocess.Popen(
+                    list(command),
+                    env={**env, MPI_FOLDER: folder.enter_context(made)},
+                    cwd=cwd,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.PIPE if read_errors else subprocess.STDOUT if output else None,
+                    start_new_session=True,
+                )
+                self._mpi_folder = folder.pop_all()
         except OSError as error:
             raise LaunchError(f"{command[0]}: cannot be started ({error.strerror or error})") from None
         self._ended = threading.Event()
@@ -142,6 +153,7 @@ class Session:
         while not self._ended.wait(_LOOK_SECONDS):
             self._step(time.monotonic())
         end_session(self.id, patience=_LAST_WORDS_SECONDS)
+        self._mpi_folder.close()
         code = self._process.returncode
         return 128 - code if code < 0 else code
 

@@ -15,7 +15,7 @@ import pytest
 
 from dlrm.errors import LaunchError
 from service.launchers.mpi import Mpirun, engine_command, engine_environment, find_mpirun, parse_version
-from service.launchers.session import end_session, exit_code_of, session_members
+from service.launchers.session import MPI_FOLDER, end_session, exit_code_of, session_members
 
 PROGRAM = str(Path(__file__).with_name("ranked_program.py"))
 RANKS = max(2, int(os.environ.get("CROSSLANE_TEST_RANKS") or 2))
@@ -129,10 +129,15 @@ def test_a_killed_mpirun_leaves_no_rank(run):
     wait_until_true(one.begun)
     pids = one.pids()
     (mpirun,) = psutil.Process(one.process.pid).children()
+    folder = Path(mpirun.environ()[MPI_FOLDER])
+    if find_mpirun().family == "openmpi" and find_mpirun().version >= (5, 0):
+        assert [path.name for path in folder.iterdir()] == [f"ompi.{mpirun.pid}"]
     mpirun.kill()
     assert one.process.wait(120) == 7
     assert gone(pids)
     assert session_members(mpirun.pid) == []
+    # What a killed mpirun leaves would stop the next one of its process id.
+    assert not folder.exists()
 
 
 @pytest.mark.ranks

@@ -14,6 +14,7 @@ import yaml
 
 from pipeline.manifest import TableInfo
 from pipeline.writer import DatasetWriter
+from service.launchers.session import MPI_FOLDER
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,6 +81,7 @@ def start_engine(tmp_path):
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PYTHONPATH": str(ROOT),
+        MPI_FOLDER: str(tmp_path),
     }
 
     def start(values, *arguments, ranks=1, plain=False, command=None):
