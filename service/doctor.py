@@ -23,7 +23,11 @@ Run = Callable[[Sequence[str]], str]
 
 MINIMUM_CAPABILITY = 8.0
 """Compute capability that the kernels need: bf16 on the tensor cores."""
-_MPI_LIBRARY = "from mpi4py import MPI; print(MPI.Get_library_version().splitlines()[0])"
+_MPI_LIBRARY = (
+    "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
+    "print(MPI.Get_library_version().splitlines()[0])"
+)
+"""Without MPI_Init: a process alone leaves a file in /dev/shm with every start of Open MPI 5."""
 _REMEDIES = {
     "cupy": "pip install 'crosslane[cuda13]', or crosslane[cuda12] for an older driver",
     "nvrtc": "pip install 'crosslane[cuda13]' (or cuda12): the packages nvidia-cuda-nvrtc and cuda-bindings",

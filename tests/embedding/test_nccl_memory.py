@@ -64,7 +64,6 @@ def test_no_two_hold_the_same_and_all_goes_back_once(steps: list[int], kept: int
     left = {block.address for block in held}
     assert sorted(ledger.freed) == sorted(set(ledger.sizes) - left)
     held.clear()
-    gc.collect()
     assert sorted(ledger.freed) == sorted(ledger.sizes)
 
 
