@@ -137,13 +137,7 @@ def _first_batches(config: RunConfig, dataset: Dataset, comm: Comm) -> list[tupl
         stop_step=_TRIAL_BATCHES,
         epochs=1,
     ) as batches:
-        return [(_copied(batch.host.keys), batch.global_rows) for batch in batches]
-
-
-def _copied(keys: Jagged) -> Jagged:
-    """The loader's arrays are used again."""
-    arrays = (None if array is None else array.copy() for array in (keys.keys, keys.offsets, keys.weights))
-    return Jagged(next(arrays), next(arrays), next(arrays), keys.num_tables, keys.num_rows)
+        return [(batch.host.keys, batch.global_rows) for batch in batches]
 
 
 def leaves_places(config: RunConfig, dataset: Dataset) -> bool:
